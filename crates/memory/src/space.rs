@@ -1,0 +1,220 @@
+//! One page-table root over physical memory: reads by virtual address.
+
+use std::sync::Arc;
+
+use crate::paging::walk;
+use crate::{
+    MappedMemory, PagingMode, PhysicalAddress, PhysicalMemory, PhysicalReadError, Translation,
+    TranslationError, VirtualAddress,
+};
+
+/// An address space: physical memory seen through one page-table root.
+///
+/// It holds no cache: every read walks the tables as they are now. Cloning is
+/// cheap, and a clone with another root ([`with_root`](Self::with_root)) is a
+/// process's address space.
+#[derive(Clone)]
+pub struct AddressSpace {
+    memory: Arc<dyn PhysicalMemory>,
+    mapped: Option<MappedMemory>,
+    root: PhysicalAddress,
+    mode: PagingMode,
+}
+
+/// Why virtual memory could not be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The address leads nowhere.
+    #[error(transparent)]
+    Translation(#[from] TranslationError),
+    /// It leads to physical memory that can't be read.
+    #[error("virtual address {address}: {source}")]
+    Physical {
+        /// The virtual address whose page could not be read.
+        address: VirtualAddress,
+        /// What happened there.
+        source: PhysicalReadError,
+    },
+    /// A length that would run over the end of the address space.
+    #[error("{length} bytes at {address} run over the end of the address space")]
+    Wrap {
+        /// Where the read started.
+        address: VirtualAddress,
+        /// How long it was to be.
+        length: u64,
+    },
+}
+
+impl AddressSpace {
+    /// The space of the tables at `root`. Only bits 51 to 12 of `root` count:
+    /// a CR3 value with its PCID serves as it is.
+    pub fn new(memory: Arc<dyn PhysicalMemory>, root: PhysicalAddress, mode: PagingMode) -> Self {
+        let mapped = memory.mapped().cloned();
+        Self {
+            memory,
+            mapped,
+            root,
+            mode,
+        }
+    }
+
+    /// The same memory through other tables.
+    #[must_use]
+    pub fn with_root(&self, root: PhysicalAddress) -> Self {
+        Self {
+            root,
+            ..self.clone()
+        }
+    }
+
+    /// The physical memory below.
+    pub fn memory(&self) -> &Arc<dyn PhysicalMemory> {
+        &self.memory
+    }
+
+    /// The page-table root as it was given.
+    pub fn root(&self) -> PhysicalAddress {
+        self.root
+    }
+
+    /// Four or five levels.
+    pub fn mode(&self) -> PagingMode {
+        self.mode
+    }
+
+    #[inline]
+    fn read_entry(&self, address: PhysicalAddress) -> Option<u64> {
+        if let Some(mapped) = &self.mapped {
+            return mapped.read_u64(address);
+        }
+        let mut bytes = [0; 8];
+        self.memory.read(address, &mut bytes).ok()?;
+        Some(u64::from_le_bytes(bytes))
+    }
+
+    /// Where `address` leads, by the tables as they are now.
+    ///
+    /// # Errors
+    /// [`TranslationError`] with the level and the entry that ended the walk.
+    #[inline]
+    pub fn translate(&self, address: VirtualAddress) -> Result<Translation, TranslationError> {
+        walk(self.root, self.mode, address, |entry| {
+            self.read_entry(entry)
+        })
+    }
+
+    /// Copies the bytes from `address` on into `buffer`, across pages.
+    ///
+    /// # Errors
+    /// [`ReadError`] for the first page that can't be read; `buffer` then
+    /// holds nothing to be used.
+    #[inline]
+    pub fn read(&self, address: VirtualAddress, buffer: &mut [u8]) -> Result<(), ReadError> {
+        let length = buffer.len() as u64;
+        if length > 0 && address.as_u64().checked_add(length - 1).is_none() {
+            return Err(ReadError::Wrap { address, length });
+        }
+        let mut position = address;
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let translation = self.translate(position)?;
+            let size = translation.page_size.bytes();
+            let left = size - (position.as_u64() & (size - 1));
+            let count = rest.len().min(left as usize);
+            let (now, later) = rest.split_at_mut(count);
+            let outcome = match &self.mapped {
+                Some(mapped) => mapped.read(translation.physical, now),
+                None => self.memory.read(translation.physical, now),
+            };
+            outcome.map_err(|source| ReadError::Physical {
+                address: position,
+                source,
+            })?;
+            position = position.wrapping_add(count as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// The byte at `address`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    #[inline]
+    pub fn read_u8(&self, address: VirtualAddress) -> Result<u8, ReadError> {
+        let mut bytes = [0; 1];
+        self.read(address, &mut bytes)?;
+        Ok(bytes[0])
+    }
+
+    /// The little-endian 2-byte integer at `address`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    #[inline]
+    pub fn read_u16(&self, address: VirtualAddress) -> Result<u16, ReadError> {
+        let mut bytes = [0; 2];
+        self.read(address, &mut bytes)?;
+        Ok(u16::from_le_bytes(bytes))
+    }
+
+    /// The little-endian 4-byte integer at `address`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    #[inline]
+    pub fn read_u32(&self, address: VirtualAddress) -> Result<u32, ReadError> {
+        let mut bytes = [0; 4];
+        self.read(address, &mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    /// The little-endian 8-byte integer at `address`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    #[inline]
+    pub fn read_u64(&self, address: VirtualAddress) -> Result<u64, ReadError> {
+        let mut bytes = [0; 8];
+        self.read(address, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// The pointer at `address`.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    #[inline]
+    pub fn read_pointer(&self, address: VirtualAddress) -> Result<VirtualAddress, ReadError> {
+        self.read_u64(address).map(VirtualAddress::new)
+    }
+
+    /// The bytes from `address` up to the first zero byte, at most `limit` of
+    /// them; a string that reaches an unreadable page before its end is an
+    /// error.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_c_string(
+        &self,
+        address: VirtualAddress,
+        limit: usize,
+    ) -> Result<Vec<u8>, ReadError> {
+        let mut bytes = Vec::new();
+        let mut position = address;
+        while bytes.len() < limit {
+            let mut chunk = [0; 64];
+            let left_in_page = (crate::PAGE_SIZE - position.page_offset()) as usize;
+            let count = chunk.len().min(left_in_page).min(limit - bytes.len());
+            let chunk = &mut chunk[..count];
+            self.read(position, chunk)?;
+            if let Some(end) = chunk.iter().position(|byte| *byte == 0) {
+                bytes.extend_from_slice(&chunk[..end]);
+                return Ok(bytes);
+            }
+            bytes.extend_from_slice(chunk);
+            position = position.wrapping_add(count as u64);
+        }
+        Ok(bytes)
+    }
+}
