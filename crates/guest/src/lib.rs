@@ -1,1 +1,33 @@
-//! (to come)
+//! What the guest kernel knows, as tables.
+//!
+//! A [`Table`] is a named list of typed rows about one [`Guest`]. Everything
+//! that shows, stores or judges guest data consumes tables; [`tables`] lists
+//! them all. Where the bytes come from is not known here.
+#![forbid(unsafe_code)]
+
+mod diagnostics;
+mod guest;
+mod layout;
+mod table;
+mod value;
+
+pub use diagnostics::{Diagnostic, Diagnostics};
+pub use guest::{Guest, extract};
+pub use layout::{Layout, member_of};
+pub use table::{
+    Column, ColumnInfo, Cost, Kind, Request, Row, Selection, Shown, Table, TableError, TableOf,
+};
+pub use value::{Text, Value};
+
+/// All tables, in the order in which they are documented.
+pub fn tables() -> &'static [&'static dyn Table] {
+    &[]
+}
+
+/// The table with this name or alias.
+pub fn table(name: &str) -> Option<&'static dyn Table> {
+    tables()
+        .iter()
+        .copied()
+        .find(|table| table.name() == name || table.aliases().contains(&name))
+}

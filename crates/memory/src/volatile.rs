@@ -74,7 +74,7 @@ impl<'a> VolatileBytes<'a> {
             return None;
         }
         let pointer = self.pointer.wrapping_add(offset);
-        if pointer.addr() % 8 == 0 {
+        if pointer.addr().is_multiple_of(8) {
             // SAFETY: in bounds as checked, aligned, and readable by the
             // contract of `new`; volatile allows others to write.
             let value = unsafe { pointer.cast::<u64>().read_volatile() };
@@ -97,17 +97,17 @@ impl<'a> VolatileBytes<'a> {
         match buffer.len() {
             // SAFETY (each arm): in bounds as checked, aligned as the guard
             // says, readable by the contract of `new`.
-            8 if pointer.addr() % 8 == 0 => {
+            8 if pointer.addr().is_multiple_of(8) => {
                 // SAFETY: see above.
                 let value = unsafe { pointer.cast::<u64>().read_volatile() };
                 buffer.copy_from_slice(&value.to_ne_bytes());
             }
-            4 if pointer.addr() % 4 == 0 => {
+            4 if pointer.addr().is_multiple_of(4) => {
                 // SAFETY: see above.
                 let value = unsafe { pointer.cast::<u32>().read_volatile() };
                 buffer.copy_from_slice(&value.to_ne_bytes());
             }
-            2 if pointer.addr() % 2 == 0 => {
+            2 if pointer.addr().is_multiple_of(2) => {
                 // SAFETY: see above.
                 let value = unsafe { pointer.cast::<u16>().read_volatile() };
                 buffer.copy_from_slice(&value.to_ne_bytes());

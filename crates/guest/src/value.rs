@@ -1,0 +1,256 @@
+//! The values of a table's cells, and their one JSON form.
+
+use std::fmt;
+
+use serde::ser::{Serialize, SerializeSeq, Serializer};
+
+/// A string of the guest: bytes, as a kernel knows no encoding.
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Text(Vec<u8>);
+
+impl Text {
+    /// The text of these bytes.
+    pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
+        Self(bytes.into())
+    }
+
+    /// The bytes as the guest holds them.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The text for people and JSON, without loss: valid UTF-8 stands as it
+    /// is; if anything in the text is not UTF-8, each such byte is written
+    /// `\xNN` and each backslash of the text is doubled.
+    pub fn to_display(&self) -> std::borrow::Cow<'_, str> {
+        if let Ok(text) = std::str::from_utf8(&self.0) {
+            return text.into();
+        }
+        let mut out = String::with_capacity(self.0.len() + 16);
+        for chunk in self.0.utf8_chunks() {
+            out.push_str(&chunk.valid().replace('\\', "\\\\"));
+            for byte in chunk.invalid() {
+                out.push_str(&format!("\\x{byte:02x}"));
+            }
+        }
+        out.into()
+    }
+}
+
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.to_display(), f)
+    }
+}
+
+impl From<&str> for Text {
+    fn from(text: &str) -> Self {
+        Self(text.as_bytes().to_vec())
+    }
+}
+
+impl From<String> for Text {
+    fn from(text: String) -> Self {
+        Self(text.into_bytes())
+    }
+}
+
+/// What stands in one cell of a table.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// The guest has no such thing: the executable of a kernel thread.
+    Null,
+    /// Yes or no.
+    Boolean(bool),
+    /// A number from 0 on.
+    Unsigned(u64),
+    /// A number that can be negative.
+    Signed(i64),
+    /// An address; `"0x…"` in JSON.
+    Address(u64),
+    /// Text of the guest.
+    Text(Text),
+    /// A moment, in nanoseconds since 1970-01-01T00:00:00Z; RFC 3339 in JSON.
+    Time(i128),
+    /// Several values.
+    List(Vec<Value>),
+    /// The guest has it but it could not be read; says why. `null` in JSON,
+    /// where the row's `unreadable` object holds the reason.
+    Unreadable(String),
+}
+
+impl Value {
+    /// A text value.
+    pub fn text(bytes: impl Into<Vec<u8>>) -> Self {
+        Self::Text(Text::new(bytes))
+    }
+
+    /// A value that could not be read, with the reason.
+    pub fn unreadable(reason: impl fmt::Display) -> Self {
+        Self::Unreadable(reason.to_string())
+    }
+
+    /// The value of a read, or the reason why there is none.
+    pub fn from_read<T, E: fmt::Display>(
+        read: Result<T, E>,
+        value: impl FnOnce(T) -> Self,
+    ) -> Self {
+        match read {
+            Ok(read) => value(read),
+            Err(error) => Self::unreadable(error),
+        }
+    }
+}
+
+impl From<bool> for Value {
+    fn from(value: bool) -> Self {
+        Self::Boolean(value)
+    }
+}
+
+impl From<u64> for Value {
+    fn from(value: u64) -> Self {
+        Self::Unsigned(value)
+    }
+}
+
+impl From<u32> for Value {
+    fn from(value: u32) -> Self {
+        Self::Unsigned(value.into())
+    }
+}
+
+impl From<i64> for Value {
+    fn from(value: i64) -> Self {
+        Self::Signed(value)
+    }
+}
+
+impl From<i32> for Value {
+    fn from(value: i32) -> Self {
+        Self::Signed(value.into())
+    }
+}
+
+impl From<&str> for Value {
+    fn from(value: &str) -> Self {
+        Self::Text(value.into())
+    }
+}
+
+impl From<String> for Value {
+    fn from(value: String) -> Self {
+        Self::Text(value.into())
+    }
+}
+
+impl From<Text> for Value {
+    fn from(value: Text) -> Self {
+        Self::Text(value)
+    }
+}
+
+impl From<secmon_memory::VirtualAddress> for Value {
+    fn from(value: secmon_memory::VirtualAddress) -> Self {
+        Self::Address(value.as_u64())
+    }
+}
+
+impl From<secmon_memory::PhysicalAddress> for Value {
+    fn from(value: secmon_memory::PhysicalAddress) -> Self {
+        Self::Address(value.as_u64())
+    }
+}
+
+impl<T: Into<Value>> From<Option<T>> for Value {
+    fn from(value: Option<T>) -> Self {
+        value.map_or(Self::Null, Into::into)
+    }
+}
+
+impl<T: Into<Value>> From<Vec<T>> for Value {
+    fn from(values: Vec<T>) -> Self {
+        Self::List(values.into_iter().map(Into::into).collect())
+    }
+}
+
+/// The moment as RFC 3339 in UTC with microseconds, or the number itself where
+/// no calendar reaches (guest memory can hold anything).
+pub(crate) fn format_time(nanoseconds: i128) -> String {
+    jiff::Timestamp::from_nanosecond(nanoseconds)
+        .map_or_else(|_| nanoseconds.to_string(), |time| format!("{time:.6}"))
+}
+
+impl fmt::Display for Value {
+    /// The cell as one line of plain text, for terminals and CSV: nothing for
+    /// null, `?` for what could not be read, list items separated by spaces.
+    /// Control characters are not escaped here.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Null => Ok(()),
+            Self::Boolean(value) => write!(f, "{value}"),
+            Self::Unsigned(value) => write!(f, "{value}"),
+            Self::Signed(value) => write!(f, "{value}"),
+            Self::Address(value) => write!(f, "{value:#x}"),
+            Self::Text(value) => f.write_str(&value.to_display()),
+            Self::Time(value) => f.write_str(&format_time(*value)),
+            Self::List(values) => {
+                for (index, value) in values.iter().enumerate() {
+                    if index > 0 {
+                        f.write_str(" ")?;
+                    }
+                    write!(f, "{value}")?;
+                }
+                Ok(())
+            }
+            Self::Unreadable(_) => f.write_str("?"),
+        }
+    }
+}
+
+impl Serialize for Value {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Null | Self::Unreadable(_) => serializer.serialize_none(),
+            Self::Boolean(value) => serializer.serialize_bool(*value),
+            Self::Unsigned(value) => serializer.serialize_u64(*value),
+            Self::Signed(value) => serializer.serialize_i64(*value),
+            Self::Address(value) => serializer.collect_str(&format_args!("{value:#x}")),
+            Self::Text(value) => serializer.serialize_str(&value.to_display()),
+            Self::Time(value) => serializer.serialize_str(&format_time(*value)),
+            Self::List(values) => {
+                let mut list = serializer.serialize_seq(Some(values.len()))?;
+                for value in values {
+                    list.serialize_element(value)?;
+                }
+                list.end()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_survives_without_loss() {
+        assert_eq!(Text::from("a\\b é").to_display(), "a\\b é");
+        assert_eq!(Text::new(*b"a\\b\xff").to_display(), "a\\\\b\\xff");
+    }
+
+    #[test]
+    fn json_forms() {
+        let row = Value::List(vec![
+            Value::Null,
+            Value::Address(0xffff_8000_0000_0000),
+            Value::Time(1_500_000_000),
+            Value::Unreadable("swapped out".into()),
+            Value::text(*b"\x1b[31m"),
+        ]);
+        assert_eq!(
+            serde_json::to_string(&row).expect("serializes"),
+            r#"[null,"0xffff800000000000","1970-01-01T00:00:01.500000Z",null,"\u001b[31m"]"#
+        );
+    }
+}
