@@ -1,1 +1,6 @@
-//! (to come)
+//! Where a target's physical memory comes from: running QEMU processes, shared
+//! RAM files, memory images, devices of the monitoring VM.
+//!
+//! It knows hypervisors and file formats, and nothing of guests.
+
+pub mod layout;
