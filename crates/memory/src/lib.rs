@@ -9,13 +9,16 @@
 //! This crate knows nothing of guests, hypervisors or file formats.
 
 mod address;
+mod heap;
 mod mapped;
 mod paging;
 mod physical;
 mod space;
+mod tlb;
 mod volatile;
 
 pub use address::{PAGE_SIZE, PhysicalAddress, VirtualAddress};
+pub use heap::HeapMemory;
 pub use mapped::{MapError, MappedMemory};
 pub use paging::{
     NotPresent, PageSize, PagingMode, Rights, TableLevel, Translation, TranslationError,

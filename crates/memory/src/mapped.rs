@@ -137,20 +137,25 @@ impl MappedMemory {
             .read_u64((piece.offset + inside) as usize)
     }
 
-    /// The bytes from `address` to the end of its region, for scans that look
-    /// at all of memory.
-    pub fn bytes_from(
-        &self,
-        address: PhysicalAddress,
-    ) -> Option<(VolatileBytes<'_>, usize, usize)> {
+    /// The bytes from `address` to the end of its region.
+    pub fn bytes_from(&self, address: PhysicalAddress) -> Option<VolatileBytes<'_>> {
         let piece = self.piece(address.as_u64())?;
         let inside = address.as_u64() - piece.start;
-        let offset = (piece.offset + inside) as usize;
-        Some((
-            self.mapping.bytes(),
-            offset,
-            (piece.length - inside) as usize,
-        ))
+        let offset = usize::try_from(piece.offset + inside).ok()?;
+        let length = usize::try_from(piece.length - inside).ok()?;
+        self.mapping.bytes().part(offset, length)
+    }
+
+    /// Asks the processor to fetch the cache line at `address`; no effect on
+    /// what is read, and none at all if there is no memory.
+    #[inline]
+    pub fn prefetch(&self, address: PhysicalAddress) {
+        if let Some(piece) = self.piece(address.as_u64()) {
+            let inside = address.as_u64() - piece.start;
+            self.mapping
+                .bytes()
+                .prefetch((piece.offset + inside) as usize);
+        }
     }
 }
 
@@ -194,5 +199,108 @@ impl PhysicalMemory for MappedMemory {
 
     fn mapped(&self) -> Option<&MappedMemory> {
         Some(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn file(length: usize) -> File {
+        let mut file = tempfile::tempfile().expect("a temporary file");
+        let bytes: Vec<u8> = (0..length).map(|index| (index / 8) as u8).collect();
+        file.write_all(&bytes).expect("written");
+        file
+    }
+
+    fn region(start: u64, length: u64) -> MemoryRegion {
+        MemoryRegion::new(PhysicalAddress::new(start), length)
+    }
+
+    /// RAM below and above a hole, more pieces than the linear search takes.
+    fn pieces(count: u64) -> Vec<(MemoryRegion, u64)> {
+        (0..count)
+            .rev()
+            .map(|index| (region(index * 0x2000, 0x1000), index * 0x1000))
+            .collect()
+    }
+
+    #[test]
+    fn finds_every_piece_and_no_hole() {
+        for count in [1, 2, 4, 5, 9] {
+            let file = file(count as usize * 0x1000);
+            let memory = MappedMemory::map_file(&file, &pieces(count), Volatility::Static)
+                .expect("a sound layout");
+            assert_eq!(memory.size(), count * 0x1000);
+            for index in 0..count {
+                let address = PhysicalAddress::new(index * 0x2000 + 0x810);
+                let expected = (((index * 0x1000 + 0x810) / 8) as u8).into();
+                assert_eq!(
+                    memory.read_u64(address).map(|value| value & 0xff),
+                    Some(expected)
+                );
+                let mut bytes = [0; 16];
+                memory.read(address, &mut bytes).expect("inside");
+                assert_eq!(u64::from(bytes[0]), expected);
+                let hole = PhysicalAddress::new(index * 0x2000 + 0x1000);
+                assert_eq!(memory.read_u64(hole), None);
+                assert_eq!(memory.read_u64(hole.wrapping_sub(4)), None);
+                assert_eq!(
+                    memory.read(hole.wrapping_sub(4), &mut bytes),
+                    Err(PhysicalReadError::Hole { address: hole })
+                );
+                assert!(memory.bytes_from(hole).is_none());
+                memory.prefetch(hole);
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_by_somebody_else_is_seen() {
+        use std::os::unix::fs::FileExt;
+        let file = file(0x1000);
+        let memory = MappedMemory::map_file(&file, &[(region(0, 0x1000), 0)], Volatility::Live)
+            .expect("maps");
+        file.write_all_at(&[0xee; 8], 0x100).expect("written");
+        assert_eq!(
+            memory.read_u64(PhysicalAddress::new(0x100)),
+            Some(0xeeee_eeee_eeee_eeee)
+        );
+    }
+
+    #[test]
+    fn refuses_layouts_that_do_not_fit() {
+        let file = file(0x2000);
+        let refused = |layout: &[(MemoryRegion, u64)]| match MappedMemory::map_file(
+            &file,
+            layout,
+            Volatility::Static,
+        ) {
+            Err(MapError::Layout(error)) => error,
+            Err(MapError::Host(error)) => panic!("{error}"),
+            Ok(_) => panic!("accepted"),
+        };
+        assert!(matches!(
+            refused(&[(region(0, 0), 0)]),
+            LayoutError::Empty(_)
+        ));
+        assert!(matches!(
+            refused(&[(region(0, 0x3000), 0)]),
+            LayoutError::OutOfBounds { .. }
+        ));
+        assert!(matches!(
+            refused(&[(region(0, 0x1000), u64::MAX)]),
+            LayoutError::OutOfBounds { .. }
+        ));
+        assert!(matches!(
+            refused(&[(region(u64::MAX, 2), 0)]),
+            LayoutError::TooHigh(_)
+        ));
+        assert!(matches!(
+            refused(&[(region(0x800, 0x1000), 0), (region(0, 0x1000), 0)]),
+            LayoutError::Overlap(..)
+        ));
     }
 }

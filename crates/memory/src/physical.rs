@@ -22,6 +22,20 @@ impl MemoryRegion {
         PhysicalAddress::new(self.start.as_u64().saturating_add(self.length))
     }
 
+    /// Whether a region can be of this place and size at all.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if it is empty or reaches past 2^52.
+    pub fn check(&self) -> Result<(), LayoutError> {
+        if self.length == 0 {
+            return Err(LayoutError::Empty(self.start));
+        }
+        match self.start.checked_add(self.length) {
+            Some(end) if end.as_u64() <= 1 << 52 => Ok(()),
+            _ => Err(LayoutError::TooHigh(self.start)),
+        }
+    }
+
     /// Whether `address` lies in the region.
     pub const fn contains(&self, address: PhysicalAddress) -> bool {
         address.as_u64().wrapping_sub(self.start.as_u64()) < self.length

@@ -3,22 +3,24 @@
 use std::sync::Arc;
 
 use crate::paging::walk;
+use crate::tlb::Tlb;
 use crate::{
     MappedMemory, PagingMode, PhysicalAddress, PhysicalMemory, PhysicalReadError, Translation,
-    TranslationError, VirtualAddress,
+    TranslationError, VirtualAddress, Volatility,
 };
 
 /// An address space: physical memory seen through one page-table root.
 ///
-/// It holds no cache: every read walks the tables as they are now. Cloning is
-/// cheap, and a clone with another root ([`with_root`](Self::with_root)) is a
-/// process's address space.
+/// Unless asked, it holds no cache: every read walks the tables as they are
+/// now. Cloning is cheap, and a clone with another root
+/// ([`with_root`](Self::with_root)) is a process's address space.
 #[derive(Clone)]
 pub struct AddressSpace {
     memory: Arc<dyn PhysicalMemory>,
     mapped: Option<MappedMemory>,
     root: PhysicalAddress,
     mode: PagingMode,
+    tlb: Option<Arc<Tlb>>,
 }
 
 /// Why virtual memory could not be read.
@@ -55,6 +57,7 @@ impl AddressSpace {
             mapped,
             root,
             mode,
+            tlb: None,
         }
     }
 
@@ -62,8 +65,32 @@ impl AddressSpace {
     #[must_use]
     pub fn with_root(&self, root: PhysicalAddress) -> Self {
         Self {
+            memory: self.memory.clone(),
+            mapped: self.mapped.clone(),
             root,
-            ..self.clone()
+            mode: self.mode,
+            tlb: None,
+        }
+    }
+
+    /// The same space with a translation cache if its memory is static, where
+    /// a cache can't be stale; live memory goes on without.
+    #[must_use]
+    pub fn with_tlb(self) -> Self {
+        match self.memory.volatility() {
+            Volatility::Static => self.with_stale_tlb(),
+            Volatility::Live => self,
+        }
+    }
+
+    /// The same space with a translation cache that never forgets: for a live
+    /// target what the tables said when an address was first used. For callers
+    /// that want one moment's translations and drop the space soon.
+    #[must_use]
+    pub fn with_stale_tlb(self) -> Self {
+        Self {
+            tlb: Some(Arc::new(Tlb::new())),
+            ..self
         }
     }
 
@@ -103,6 +130,53 @@ impl AddressSpace {
         })
     }
 
+    /// The physical address, and the bytes from it to the end of its page.
+    #[inline]
+    fn locate(&self, address: VirtualAddress) -> Result<(PhysicalAddress, u64), TranslationError> {
+        if let Some(found) = self.tlb.as_ref().and_then(|tlb| tlb.get(address)) {
+            return Ok(found);
+        }
+        let translation = self.translate(address)?;
+        if let Some(tlb) = &self.tlb {
+            tlb.set(address, &translation);
+        }
+        let size = translation.page_size.bytes();
+        Ok((translation.physical, size - (address.as_u64() & (size - 1))))
+    }
+
+    /// The 8-byte integers at many addresses, each with its own outcome.
+    /// All are located first and their cache lines fetched side by side, so
+    /// that reads scattered over memory do not wait for each other.
+    pub fn read_u64_batch(&self, addresses: &[VirtualAddress]) -> Vec<Result<u64, ReadError>> {
+        /// Lines in flight: more than the hardware's fill buffers, few enough
+        /// to stay in the first-level cache.
+        const BATCH: usize = 64;
+        let mut values = Vec::with_capacity(addresses.len());
+        let mut located = [None; BATCH];
+        for chunk in addresses.chunks(BATCH) {
+            let Some(mapped) = &self.mapped else {
+                values.extend(chunk.iter().map(|address| self.read_u64(*address)));
+                continue;
+            };
+            for (address, slot) in chunk.iter().zip(&mut located) {
+                *slot = self.locate(*address).ok().map(|(physical, _)| physical);
+                if let Some(physical) = *slot {
+                    mapped.prefetch(physical);
+                }
+            }
+            for (address, slot) in chunk.iter().zip(&located) {
+                let inside_page = address.page_offset() <= crate::PAGE_SIZE - 8;
+                let value = slot
+                    .filter(|_| inside_page)
+                    .and_then(|at| mapped.read_u64(at));
+                // Whatever is not simple is read the exact way, which also
+                // gives the exact error.
+                values.push(value.map_or_else(|| self.read_u64(*address), Ok));
+            }
+        }
+        values
+    }
+
     /// Copies the bytes from `address` on into `buffer`, across pages.
     ///
     /// # Errors
@@ -117,14 +191,12 @@ impl AddressSpace {
         let mut position = address;
         let mut rest = buffer;
         while !rest.is_empty() {
-            let translation = self.translate(position)?;
-            let size = translation.page_size.bytes();
-            let left = size - (position.as_u64() & (size - 1));
+            let (physical, left) = self.locate(position)?;
             let count = rest.len().min(left as usize);
             let (now, later) = rest.split_at_mut(count);
             let outcome = match &self.mapped {
-                Some(mapped) => mapped.read(translation.physical, now),
-                None => self.memory.read(translation.physical, now),
+                Some(mapped) => mapped.read(physical, now),
+                None => self.memory.read(physical, now),
             };
             outcome.map_err(|source| ReadError::Physical {
                 address: position,
@@ -175,6 +247,13 @@ impl AddressSpace {
     /// As [`read`](Self::read).
     #[inline]
     pub fn read_u64(&self, address: VirtualAddress) -> Result<u64, ReadError> {
+        if let (Some(mapped), true) = (&self.mapped, address.page_offset() <= crate::PAGE_SIZE - 8)
+        {
+            let (physical, _) = self.locate(address)?;
+            if let Some(value) = mapped.read_u64(physical) {
+                return Ok(value);
+            }
+        }
         let mut bytes = [0; 8];
         self.read(address, &mut bytes)?;
         Ok(u64::from_le_bytes(bytes))

@@ -66,6 +66,32 @@ impl<'a> VolatileBytes<'a> {
         self.length == 0
     }
 
+    /// The `length` bytes from `offset` on, or `None` if they are not all there.
+    pub fn part(&self, offset: usize, length: usize) -> Option<VolatileBytes<'a>> {
+        if offset > self.length || self.length - offset < length {
+            return None;
+        }
+        Some(Self {
+            pointer: self.pointer.wrapping_add(offset),
+            length,
+            mapping: PhantomData,
+        })
+    }
+
+    /// Asks the processor to fetch the cache line at `offset`.
+    #[inline]
+    pub fn prefetch(&self, offset: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if offset < self.length {
+            let pointer = self.pointer.wrapping_add(offset).cast::<i8>();
+            // SAFETY: a prefetch is a hint without an architectural effect,
+            // whatever the address; this one is in bounds.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(pointer);
+            };
+        }
+    }
+
     /// The little-endian 8-byte integer at `offset`, or `None` past the end.
     /// In one piece where its address is a multiple of 8.
     #[inline]

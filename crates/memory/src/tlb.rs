@@ -1,0 +1,86 @@
+//! A translation cache that several threads use without a lock.
+//!
+//! Each slot is two atomic words: the translation, and its tag exclusive-ored
+//! with the translation. A slot that two threads wrote at once does not agree
+//! with itself and reads as empty, so no lock and no ordering is needed.
+//!
+//! It never forgets by itself. For a static image it can't be stale; for a
+//! live target it holds what the tables said when each address was first used,
+//! so an [`AddressSpace`](crate::AddressSpace) has one there only when it was
+//! asked for.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::{PageSize, PhysicalAddress, Translation, VirtualAddress};
+
+/// Slots for 4 KiB pages.
+const SMALL_SLOTS: usize = 1024;
+/// Slots for 2 MiB pages and the 2 MiB parts of 1 GiB pages.
+const LARGE_SLOTS: usize = 512;
+const SMALL_SHIFT: u32 = 12;
+const LARGE_SHIFT: u32 = 21;
+/// Set in every valid slot: frame 0 is a translation, too.
+const VALID: u64 = 1;
+
+#[derive(Default)]
+struct Slot {
+    translation: AtomicU64,
+    check: AtomicU64,
+}
+
+impl Slot {
+    #[inline]
+    fn get(&self, tag: u64) -> Option<u64> {
+        let translation = self.translation.load(Relaxed);
+        let valid = translation & VALID != 0 && self.check.load(Relaxed) ^ translation == tag;
+        valid.then_some(translation & !VALID)
+    }
+
+    fn set(&self, tag: u64, frame: u64) {
+        let translation = frame | VALID;
+        self.translation.store(translation, Relaxed);
+        self.check.store(translation ^ tag, Relaxed);
+    }
+}
+
+/// The cache of one address space.
+pub(crate) struct Tlb {
+    small: Box<[Slot]>,
+    large: Box<[Slot]>,
+}
+
+impl Tlb {
+    pub(crate) fn new() -> Self {
+        let slots = |count| std::iter::repeat_with(Slot::default).take(count).collect();
+        Self {
+            small: slots(SMALL_SLOTS),
+            large: slots(LARGE_SLOTS),
+        }
+    }
+
+    /// The physical address, and the bytes left in the cached page from it on.
+    #[inline]
+    pub(crate) fn get(&self, address: VirtualAddress) -> Option<(PhysicalAddress, u64)> {
+        let address = address.as_u64();
+        for (slots, shift) in [(&self.large, LARGE_SHIFT), (&self.small, SMALL_SHIFT)] {
+            let tag = address >> shift;
+            if let Some(frame) = slots[tag as usize % slots.len()].get(tag) {
+                let size = 1 << shift;
+                let offset = address & (size - 1);
+                return Some((PhysicalAddress::new(frame | offset), size - offset));
+            }
+        }
+        None
+    }
+
+    /// Remembers a translation.
+    pub(crate) fn set(&self, address: VirtualAddress, translation: &Translation) {
+        let (slots, shift) = match translation.page_size {
+            PageSize::Size4KiB => (&self.small, SMALL_SHIFT),
+            PageSize::Size2MiB | PageSize::Size1GiB => (&self.large, LARGE_SHIFT),
+        };
+        let tag = address.as_u64() >> shift;
+        let frame = translation.physical.as_u64() & !((1 << shift) - 1);
+        slots[tag as usize % slots.len()].set(tag, frame);
+    }
+}
