@@ -1,2 +1,56 @@
-//! (to come)
-fn main() {}
+//! `cargo xtask`: what is done with this repository besides building it.
+//!
+//! It depends on no other crate of the workspace, so that it is there in
+//! seconds on a machine that has nothing yet.
+#![forbid(unsafe_code)]
+
+mod check;
+mod demo;
+mod docs;
+mod fuzz;
+mod prerequisites;
+mod run;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Development tasks of SecMon")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot a real guest and show it from outside, next to what it says itself
+    Demo,
+    /// Everything that must pass: formatting, lints, docs, tests, fuzz targets, benchmark limits
+    Test,
+    /// Run every fuzz target for a while, starting from the stored corpus
+    Fuzz {
+        /// Seconds for each target
+        #[arg(long, default_value_t = 20)]
+        seconds: u32,
+        /// Only targets whose name contains this
+        target: Option<String>,
+    },
+    /// Measure, write docs/performance.md, and fail if a stated limit is missed
+    Bench,
+    /// Write the documents that are generated from the code
+    Docs {
+        /// Only say whether they are up to date
+        #[arg(long)]
+        check: bool,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::Demo => demo::run_demo(),
+        Task::Test => check::run_all(),
+        Task::Fuzz { seconds, target } => fuzz::run_targets(seconds, target.as_deref()),
+        Task::Bench => check::bench(),
+        Task::Docs { check } => docs::run(check),
+    }
+}

@@ -1,0 +1,68 @@
+//! `cargo xtask test` and `cargo xtask bench`.
+
+use anyhow::Result;
+
+use crate::run::{cargo, run, step};
+use crate::{docs, fuzz, prerequisites};
+
+/// Seconds for each fuzz target inside the tests.
+const FUZZ_SECONDS: u32 = 10;
+
+/// Everything that must pass.
+///
+/// # Errors
+/// The first step that fails.
+pub fn run_all() -> Result<()> {
+    step("what the tests need", prerequisites::for_tests)?;
+    step("formatting", || {
+        run(cargo().args(["fmt", "--all", "--check"]))
+    })?;
+    step("lints", || {
+        run(cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    })?;
+    step("documentation", || {
+        run(cargo()
+            .args([
+                "doc",
+                "--workspace",
+                "--no-deps",
+                "--document-private-items",
+            ])
+            .env("RUSTDOCFLAGS", "-D warnings"))
+    })?;
+    step("tests", || {
+        run(cargo().args(["test", "--workspace", "--no-fail-fast"]))
+    })?;
+    step("generated documents", || docs::run(true))?;
+    step("fuzz targets", || fuzz::run_targets(FUZZ_SECONDS, None))?;
+    step("benchmark limits", || bench_with(&["--check"]))
+}
+
+/// Measures and writes `docs/performance.md`.
+///
+/// # Errors
+/// If a benchmark fails or misses its limit.
+pub fn bench() -> Result<()> {
+    prerequisites::for_guests()?;
+    bench_with(&[])
+}
+
+fn bench_with(arguments: &[&str]) -> Result<()> {
+    run(cargo()
+        .args([
+            "bench",
+            "--package",
+            "secmon-benches",
+            "--bench",
+            "limits",
+            "--",
+        ])
+        .args(arguments))
+}

@@ -1,0 +1,33 @@
+//! Documents that are generated from the code, and the check that they are
+//! what the code says now.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+
+use crate::run::{cargo, output, root};
+
+/// A document and the words of `secmon` that print it.
+const GENERATED: &[(&str, &[&str])] = &[("docs/tables.md", &["tables", "--format", "markdown"])];
+
+/// Writes them, or only compares.
+///
+/// # Errors
+/// With `check`: names each document that is not up to date.
+pub fn run(check: bool) -> Result<()> {
+    for (file, words) in GENERATED {
+        let path = root().join(file);
+        let text = output(
+            cargo()
+                .args(["run", "--quiet", "--package", "secmon", "--"])
+                .args(words.iter()),
+        )?;
+        if !check {
+            fs::write(&path, text).with_context(|| path.display().to_string())?;
+            println!("wrote {file}");
+        } else if fs::read_to_string(&path).unwrap_or_default() != text {
+            bail!("{file} is not what the code says: run `cargo xtask docs` and commit it");
+        }
+    }
+    Ok(())
+}
