@@ -3,4 +3,5 @@
 //!
 //! It knows hypervisors and file formats, and nothing of guests.
 
+pub mod image;
 pub mod layout;

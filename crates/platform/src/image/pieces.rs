@@ -1,0 +1,301 @@
+//! Which guest memory lies where in a file, as the mapped formats say it, and
+//! the memory made of it.
+
+use secmon_memory::{
+    MappedMemory, MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility,
+};
+use std::sync::Arc;
+
+use super::file::ImageFile;
+use super::{ImageError, ImageNote};
+
+/// The most separate pieces of memory that one image may have.
+pub(crate) const MAX_PIECES: usize = 1 << 18;
+/// The most notes of one kind that are listed one by one.
+const MAX_NOTES: usize = 64;
+/// The end of x86-64's physical addresses.
+pub(crate) const PHYSICAL_END: u64 = 1 << 52;
+
+/// A run of guest memory and where its bytes are in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) start: u64,
+    pub(crate) length: u64,
+    pub(crate) offset: u64,
+}
+
+/// Collects pieces in any order and merges them.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces {
+    pieces: Vec<Piece>,
+    missing: Vec<(MemoryRegion, &'static str)>,
+    sorted_until: usize,
+    notes: Vec<ImageNote>,
+    overlaps_left_out: u64,
+}
+
+impl Pieces {
+    /// Adds a piece; the part of it past `file_length` is recorded as missing.
+    /// The caller has checked that it is not empty and ends below
+    /// [`PHYSICAL_END`].
+    pub(crate) fn push(&mut self, piece: Piece, file_length: u64) -> Result<(), ImageError> {
+        let available = file_length.saturating_sub(piece.offset).min(piece.length);
+        if available < piece.length {
+            self.push_missing(
+                MemoryRegion::new(
+                    PhysicalAddress::new(piece.start + available),
+                    piece.length - available,
+                ),
+                "the file ends before it",
+            )?;
+        }
+        if available > 0 {
+            self.pieces.push(Piece {
+                length: available,
+                ..piece
+            });
+        }
+        if self.pieces.len() - self.sorted_until >= MAX_PIECES {
+            self.merge();
+            if self.pieces.len() > MAX_PIECES {
+                return Err(ImageError::TooMany {
+                    what: "separate pieces of memory",
+                    limit: MAX_PIECES as u64,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Records memory that the image says exists and has no bytes for.
+    pub(crate) fn push_missing(
+        &mut self,
+        region: MemoryRegion,
+        reason: &'static str,
+    ) -> Result<(), ImageError> {
+        if self.missing.len() >= MAX_PIECES {
+            return Err(ImageError::TooMany {
+                what: "pieces of missing memory",
+                limit: MAX_PIECES as u64,
+            });
+        }
+        self.missing.push((region, reason));
+        Ok(())
+    }
+
+    /// Whether there is no byte of memory in the file.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// Sorts the pieces and merges those that continue or repeat each other
+    /// in memory and file alike (QEMU's paging dumps name the same bytes once
+    /// for each virtual address). Where two differ the one that starts lower
+    /// stays whole.
+    fn merge(&mut self) {
+        self.pieces
+            .sort_by_key(|piece| (piece.start, piece.offset, piece.length));
+        let mut merged: Vec<Piece> = Vec::with_capacity(self.pieces.len().min(1024));
+        for mut piece in self.pieces.drain(..) {
+            if let Some(last) = merged.last_mut() {
+                let end = last.start + last.length;
+                let same =
+                    last.offset.wrapping_sub(last.start) == piece.offset.wrapping_sub(piece.start);
+                if same && piece.start <= end {
+                    last.length = last.length.max(piece.start + piece.length - last.start);
+                    continue;
+                }
+                if piece.start < end {
+                    let twice = (end - piece.start).min(piece.length);
+                    if self.notes.len() < MAX_NOTES {
+                        self.notes.push(ImageNote::Overlap {
+                            region: MemoryRegion::new(PhysicalAddress::new(piece.start), twice),
+                        });
+                    } else {
+                        self.overlaps_left_out += 1;
+                    }
+                    if twice == piece.length {
+                        continue;
+                    }
+                    piece.start += twice;
+                    piece.offset += twice;
+                    piece.length -= twice;
+                }
+            }
+            merged.push(piece);
+        }
+        self.sorted_until = merged.len();
+        self.pieces = merged;
+    }
+
+    /// The merged pieces, the missing memory that no piece covers, and what is
+    /// to be told about both.
+    pub(crate) fn finish(
+        mut self,
+    ) -> (
+        Vec<Piece>,
+        Vec<(MemoryRegion, &'static str)>,
+        Vec<ImageNote>,
+    ) {
+        self.merge();
+        let mut notes = self.notes;
+        if self.overlaps_left_out > 0 {
+            notes.push(ImageNote::Skipped {
+                count: self.overlaps_left_out,
+                what: "more notes of memory that is in the file twice",
+            });
+        }
+        let missing = subtract(self.missing, &self.pieces);
+        for (region, reason) in missing.iter().take(MAX_NOTES) {
+            notes.push(ImageNote::Missing {
+                region: *region,
+                reason,
+            });
+        }
+        if missing.len() > MAX_NOTES {
+            notes.push(ImageNote::Skipped {
+                count: (missing.len() - MAX_NOTES) as u64,
+                what: "more notes of missing memory",
+            });
+        }
+        (self.pieces, missing, notes)
+    }
+}
+
+/// What of `missing` is covered neither by `pieces` (sorted, disjoint) nor by
+/// an earlier missing run; sorted and disjoint.
+fn subtract(
+    mut missing: Vec<(MemoryRegion, &'static str)>,
+    pieces: &[Piece],
+) -> Vec<(MemoryRegion, &'static str)> {
+    missing.sort();
+    let mut left: Vec<(MemoryRegion, &'static str)> = Vec::new();
+    let mut done = 0;
+    for (region, reason) in missing {
+        let mut start = region.start.as_u64().max(done);
+        let end = region.end().as_u64();
+        done = done.max(end);
+        let mut index = pieces.partition_point(|piece| piece.start + piece.length <= start);
+        while start < end {
+            let next = pieces.get(index);
+            let gap_end = next.map_or(end, |piece| piece.start.min(end));
+            if gap_end > start {
+                let length = gap_end - start;
+                match left.last_mut() {
+                    Some((last, why)) if last.end().as_u64() == start && *why == reason => {
+                        last.length += length;
+                    }
+                    _ => left.push((
+                        MemoryRegion::new(PhysicalAddress::new(start), length),
+                        reason,
+                    )),
+                }
+            }
+            let Some(piece) = next else { break };
+            start = piece.start + piece.length;
+            index += 1;
+        }
+    }
+    left
+}
+
+/// The memory of a file whose bytes are the guest's, uncompressed.
+pub(crate) fn mapped_memory(
+    file: &ImageFile,
+    pieces: &[Piece],
+    missing: Vec<(MemoryRegion, &'static str)>,
+    volatility: Volatility,
+) -> Result<Arc<dyn PhysicalMemory>, ImageError> {
+    let layout: Vec<(MemoryRegion, u64)> = pieces
+        .iter()
+        .map(|piece| {
+            (
+                MemoryRegion::new(PhysicalAddress::new(piece.start), piece.length),
+                piece.offset,
+            )
+        })
+        .collect();
+    let mapped = MappedMemory::map_file(file.as_file(), &layout, volatility)?;
+    if missing.is_empty() {
+        return Ok(Arc::new(mapped));
+    }
+    Ok(Arc::new(HoledMemory::new(mapped, missing)))
+}
+
+/// Mapped memory of which the image says that more existed.
+struct HoledMemory {
+    mapped: MappedMemory,
+    missing: Vec<(MemoryRegion, &'static str)>,
+    regions: Vec<MemoryRegion>,
+}
+
+impl HoledMemory {
+    fn new(mapped: MappedMemory, missing: Vec<(MemoryRegion, &'static str)>) -> Self {
+        let regions = join_regions(
+            mapped
+                .regions()
+                .iter()
+                .copied()
+                .chain(missing.iter().map(|(region, _)| *region))
+                .collect(),
+        );
+        Self {
+            mapped,
+            missing,
+            regions,
+        }
+    }
+}
+
+/// Sorts regions and joins those that touch or overlap.
+pub(crate) fn join_regions(mut regions: Vec<MemoryRegion>) -> Vec<MemoryRegion> {
+    regions.sort();
+    let mut joined: Vec<MemoryRegion> = Vec::new();
+    for region in regions {
+        match joined.last_mut() {
+            Some(last) if region.start <= last.end() => {
+                let end = last.end().max(region.end());
+                last.length = end.as_u64() - last.start.as_u64();
+            }
+            _ => joined.push(region),
+        }
+    }
+    joined
+}
+
+/// Why `address` is missing, if the image said that memory was there.
+pub(crate) fn missing_reason(
+    missing: &[(MemoryRegion, &'static str)],
+    address: PhysicalAddress,
+) -> Option<&'static str> {
+    let index = missing.partition_point(|(region, _)| region.start <= address);
+    let (region, reason) = missing.get(index.checked_sub(1)?)?;
+    region.contains(address).then_some(*reason)
+}
+
+impl PhysicalMemory for HoledMemory {
+    fn regions(&self) -> &[MemoryRegion] {
+        &self.regions
+    }
+
+    fn volatility(&self) -> Volatility {
+        self.mapped.volatility()
+    }
+
+    fn read(&self, address: PhysicalAddress, buffer: &mut [u8]) -> Result<(), PhysicalReadError> {
+        self.mapped
+            .read(address, buffer)
+            .map_err(|error| match error {
+                PhysicalReadError::Hole { address } => match missing_reason(&self.missing, address)
+                {
+                    Some(reason) => PhysicalReadError::Excluded { address, reason },
+                    None => PhysicalReadError::Hole { address },
+                },
+                other => other,
+            })
+    }
+
+    fn mapped(&self) -> Option<&MappedMemory> {
+        Some(&self.mapped)
+    }
+}

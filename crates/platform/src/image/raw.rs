@@ -1,0 +1,226 @@
+//! Raw images: the guest's RAM and nothing else, so its place in physical
+//! memory has to come from the user, from what the RAM holds, or from the
+//! rules by which machines lay RAM out (see [`crate::layout`]).
+
+use std::sync::Arc;
+
+use secmon_memory::{MemoryRegion, PAGE_SIZE, PhysicalAddress, PhysicalMemory};
+
+use super::file::ImageFile;
+use super::pieces::{Piece, mapped_memory};
+use super::{Image, ImageError, ImageFormat, ImageHints, ImageNote, ImageOptions};
+use crate::layout::{Machine, RamLayout};
+
+/// The layouts that a raw file of this length can have, the likeliest first.
+/// Less RAM than the lowest split has a single one.
+///
+/// Besides what today's machines do there are two more: a split at the limit
+/// itself (machine types from before QEMU 1.7), and a file whose offsets are
+/// physical addresses, the hole included.
+pub fn candidate_layouts(file_length: u64) -> Vec<RamLayout> {
+    let mut layouts: Vec<RamLayout> = Vec::new();
+    let today =
+        [Machine::Q35, Machine::I440fx].map(|machine| RamLayout::for_machine(machine, file_length));
+    let unrounded = [0xe000_0000, 0xb000_0000].map(|low: u64| {
+        let region = |start: u64, length| MemoryRegion::new(PhysicalAddress::new(start), length);
+        RamLayout::new(vec![
+            (region(0, low), 0),
+            (region(1 << 32, file_length.saturating_sub(low)), low),
+        ])
+    });
+    let all = today
+        .into_iter()
+        .chain(unrounded)
+        .chain([RamLayout::contiguous(file_length)]);
+    // A split above the end of the file is no layout.
+    for layout in all.flatten() {
+        if !layouts.contains(&layout) {
+            layouts.push(layout);
+        }
+    }
+    layouts
+}
+
+/// The end of the RAM below 4 GiB.
+fn low_end(layout: &RamLayout) -> u64 {
+    layout
+        .regions()
+        .map(|region| region.end().as_u64())
+        .filter(|end| *end <= 1 << 32)
+        .max()
+        .unwrap_or(0)
+}
+
+pub(crate) fn open(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image, ImageError> {
+    let mut notes = Vec::new();
+    let whole = file.len() & !(PAGE_SIZE - 1);
+    if whole == 0 {
+        return Err(ImageError::Truncated {
+            what: "first page of a raw image",
+            offset: 0,
+            needed: PAGE_SIZE,
+            available: file.len(),
+        });
+    }
+    if whole != file.len() {
+        notes.push(ImageNote::Damaged {
+            offset: whole,
+            what: format!(
+                "the last page has {} of 4096 bytes: the file is cut, or no memory image",
+                file.len() - whole
+            ),
+        });
+    }
+    if let Some(layout) = options.layout {
+        let pieces = pieces(layout);
+        return Ok(Image {
+            memory: mapped_memory(file, &pieces, Vec::new(), options.volatility)?,
+            format: ImageFormat::Raw,
+            notes,
+            hints: ImageHints::default(),
+        });
+    }
+    let (memory, note) = infer(file, options, candidate_layouts(whole))?;
+    notes.extend(note);
+    Ok(Image {
+        memory,
+        format: ImageFormat::Raw,
+        notes,
+        hints: ImageHints::default(),
+    })
+}
+
+fn pieces(layout: &RamLayout) -> Vec<Piece> {
+    layout
+        .entries()
+        .iter()
+        .map(|(region, offset)| Piece {
+            start: region.start.as_u64(),
+            length: region.length,
+            offset: *offset,
+        })
+        .collect()
+}
+
+/// Tries each layout; says what decided if there was a choice.
+fn infer(
+    file: &ImageFile,
+    options: &ImageOptions<'_>,
+    layouts: Vec<RamLayout>,
+) -> Result<(Arc<dyn PhysicalMemory>, Option<ImageNote>), ImageError> {
+    let choice = layouts.len() > 1;
+    let mut best: Option<(u64, &'static str, Arc<dyn PhysicalMemory>, RamLayout)> = None;
+    for layout in layouts {
+        let memory = mapped_memory(file, &pieces(&layout), Vec::new(), options.volatility)?;
+        if !choice {
+            return Ok((memory, None));
+        }
+        let asked = options.validate.map_or(0, |validate| validate(&memory));
+        let (score, evidence) = if asked > 0 {
+            (asked.saturating_add(1), "the guest's own structures fit it")
+        } else if acpi_fits(memory.as_ref(), low_end(&layout)) {
+            (
+                1,
+                "the firmware's ACPI tables end where its low memory ends",
+            )
+        } else {
+            (
+                0,
+                "nothing in the image decides; state the layout if it is wrong",
+            )
+        };
+        // The earlier candidate wins a tie.
+        if best.as_ref().is_none_or(|(other, ..)| score > *other) {
+            best = Some((score, evidence, memory, layout));
+        }
+    }
+    match best {
+        Some((_, evidence, memory, layout)) => Ok((
+            memory,
+            Some(ImageNote::LayoutInferred {
+                layout: layout.to_string(),
+                evidence,
+            }),
+        )),
+        None => Err(ImageError::Damaged {
+            format: ImageFormat::Raw,
+            offset: 0,
+            what: "no memory layout fits its length".to_owned(),
+        }),
+    }
+}
+
+/// Whether the ACPI root table lies in the last MiB below `low_end`, where
+/// SeaBIOS puts it, and is there under this layout. The root pointer is
+/// searched where BIOSes leave it (ACPI specification, section 5.2.5.1).
+fn acpi_fits(memory: &dyn PhysicalMemory, low_end: u64) -> bool {
+    for address in (0xe_0000..0x10_0000).step_by(16) {
+        let mut pointer = [0; 20];
+        if memory
+            .read(PhysicalAddress::new(address), &mut pointer)
+            .is_err()
+        {
+            return false;
+        }
+        let sum = pointer
+            .iter()
+            .fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        if !pointer.starts_with(b"RSD PTR ") || sum != 0 {
+            continue;
+        }
+        let [.., a, b, c, d] = pointer;
+        let table = u64::from(u32::from_le_bytes([a, b, c, d]));
+        let mut signature = [0; 4];
+        return table < low_end
+            && low_end - table <= 1 << 20
+            && memory
+                .read(PhysicalAddress::new(table), &mut signature)
+                .is_ok()
+            && &signature == b"RSDT";
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    /// The regions as (start, length, file offset).
+    fn regions(layout: &RamLayout) -> Vec<(u64, u64, u64)> {
+        layout
+            .entries()
+            .iter()
+            .map(|(region, offset)| (region.start.as_u64(), region.length, *offset))
+            .collect()
+    }
+
+    #[test]
+    fn small_ram_has_one_layout() {
+        for length in [PAGE_SIZE, 512 << 20, 2 * GIB, 0xb000_0000 - PAGE_SIZE] {
+            let layouts = candidate_layouts(length);
+            assert_eq!(layouts.len(), 1, "{length:#x}");
+            assert_eq!(regions(&layouts[0]), [(0, length, 0)]);
+        }
+    }
+
+    #[test]
+    fn large_ram_splits_as_the_machine_does() {
+        let layouts = candidate_layouts(6 * GIB);
+        assert_eq!(
+            regions(&layouts[0]),
+            [(0, 2 * GIB, 0), (4 * GIB, 4 * GIB, 2 * GIB)]
+        );
+        assert_eq!(
+            regions(&layouts[1]),
+            [(0, 3 * GIB, 0), (4 * GIB, 3 * GIB, 3 * GIB)]
+        );
+        let layouts = candidate_layouts(3 * GIB);
+        assert_eq!(
+            regions(&layouts[0]),
+            [(0, 2 * GIB, 0), (4 * GIB, GIB, 2 * GIB)]
+        );
+        assert_eq!(regions(&layouts[1]), [(0, 3 * GIB, 0)]);
+    }
+}
