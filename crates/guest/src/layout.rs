@@ -67,8 +67,18 @@ macro_rules! layout {
         $visibility struct $name {
             /// The structure's size in bytes.
             $visibility size: u64,
-            $($(#[$required_doc])* $visibility $required: secmon_profile::Member,)*
-            $($($(#[$optional_doc])* $visibility $optional: Option<secmon_profile::Member>,)*)?
+            $(
+                #[doc = concat!($("`", $path, "` "),+)]
+                ///
+                $(#[$required_doc])*
+                $visibility $required: secmon_profile::Member,
+            )*
+            $($(
+                #[doc = concat!($("`", $optional_path, "` "),+)]
+                ///
+                $(#[$optional_doc])*
+                $visibility $optional: Option<secmon_profile::Member>,
+            )*)?
         }
 
         impl $crate::Layout for $name {

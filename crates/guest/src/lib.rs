@@ -8,6 +8,7 @@
 mod diagnostics;
 mod guest;
 mod layout;
+pub mod linux;
 mod table;
 mod value;
 

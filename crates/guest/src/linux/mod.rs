@@ -1,0 +1,8 @@
+//! Linux: its structures, read as `Documentation` and sources of 5.4 and later
+//! kernels describe them. One file a subject; which members there are is said
+//! by each guest's own types.
+
+pub mod list;
+pub mod per_cpu;
+pub mod snapshot;
+pub mod task;
