@@ -3,6 +3,8 @@
 //! by each guest's own types.
 
 pub mod list;
+pub mod path;
 pub mod per_cpu;
 pub mod snapshot;
+pub mod span;
 pub mod task;
