@@ -7,4 +7,6 @@ pub mod path;
 pub mod per_cpu;
 pub mod snapshot;
 pub mod span;
+#[cfg(test)]
+pub mod synthetic;
 pub mod task;
