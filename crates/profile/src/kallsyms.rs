@@ -1,0 +1,497 @@
+//! The kernel's own symbol table, `kallsyms`: compressed names and encoded
+//! addresses.
+//!
+//! Source of the format: the kernel's `scripts/kallsyms.c` (which writes it)
+//! and `kernel/kallsyms.c` (which reads it). A name is a length (one byte, or
+//! two from 6.1 on if the first has its high bit set) and that many token
+//! numbers; each of the 256 tokens is a short text; the first character of the
+//! whole is the symbol's kind. Addresses are encoded in one of four ways, see
+//! [`Offsets`].
+//!
+//! Where the tables lie is [`locate`](crate::locate)'s business.
+
+use std::ops::Range;
+
+/// More symbols than any kernel has (a distribution's 7.2: 200,000).
+pub(crate) const MAXIMUM_SYMBOLS: usize = 1 << 21;
+/// The longest name, kind included (`KSYM_NAME_LEN`: 128, from 6.1 on 512).
+const MAXIMUM_NAME: usize = 512;
+/// All names unpacked. A distribution's 7.2 has 6 MiB.
+const MAXIMUM_TEXT: usize = 64 << 20;
+/// The number of symbols between two markers.
+pub(crate) const MARKER_DISTANCE: usize = 256;
+
+/// Why bytes are not a usable symbol table.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KallsymsError {
+    /// More symbols than any kernel has.
+    #[error("{count} symbols are more than the {MAXIMUM_SYMBOLS} accepted")]
+    TooMany {
+        /// The number claimed.
+        count: usize,
+    },
+    /// The name of a symbol runs over the end of the names, or is empty.
+    #[error("the name of symbol {number} at offset {offset:#x} is cut off or empty")]
+    Name {
+        /// The symbol's number in the table.
+        number: usize,
+        /// Where its name starts among the names.
+        offset: usize,
+    },
+    /// A marker does not say where its symbol's name starts.
+    #[error("marker {index} says {marker:#x}, the name starts at {offset:#x}")]
+    Marker {
+        /// The marker's index; it belongs to symbol 256 times that.
+        index: usize,
+        /// What it says.
+        marker: u32,
+        /// Where the name really starts.
+        offset: usize,
+    },
+    /// A token that does not lie in the token table.
+    #[error("token {token} at {offset:#x} does not end inside the token table")]
+    Token {
+        /// The token's number.
+        token: u8,
+        /// Where the token index puts it.
+        offset: u16,
+    },
+    /// The names unpack to more text than any kernel's.
+    #[error("the names unpack to more than {MAXIMUM_TEXT} bytes")]
+    TooLong,
+    /// Fewer addresses than symbols.
+    #[error("{addresses} addresses for {count} symbols")]
+    Addresses {
+        /// The addresses there are.
+        addresses: usize,
+        /// The symbols there are.
+        count: usize,
+    },
+}
+
+/// How the address of a symbol is encoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Offsets {
+    /// 8 bytes each, relocated by the kernel itself (without
+    /// `CONFIG_KALLSYMS_BASE_RELATIVE`; also lists from other sources).
+    Absolute(Vec<u64>),
+    /// 4 unsigned bytes, from a base.
+    BaseRelative {
+        /// `kallsyms_relative_base` as the kernel has relocated it.
+        base: u64,
+        /// The table as it was read.
+        offsets: Vec<u32>,
+    },
+    /// 4 signed bytes: a per-CPU symbol's offset if not negative, else the
+    /// complement of the distance from a base
+    /// (`CONFIG_KALLSYMS_ABSOLUTE_PERCPU`, to 6.14).
+    AbsolutePerCpu {
+        /// `kallsyms_relative_base` as the kernel has relocated it.
+        base: u64,
+        /// The table as it was read.
+        offsets: Vec<u32>,
+    },
+    /// 4 signed bytes: the distance from the place of the entry itself (from
+    /// 7.0 on).
+    PlaceRelative {
+        /// The run-time address of the first entry.
+        place: u64,
+        /// The table as it was read.
+        offsets: Vec<u32>,
+    },
+}
+
+impl Offsets {
+    /// How many addresses there are.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Absolute(addresses) => addresses.len(),
+            Self::BaseRelative { offsets, .. }
+            | Self::AbsolutePerCpu { offsets, .. }
+            | Self::PlaceRelative { offsets, .. } => offsets.len(),
+        }
+    }
+
+    /// The address of symbol `number`.
+    #[inline]
+    pub(crate) fn get(&self, number: usize) -> Option<u64> {
+        Some(match self {
+            Self::Absolute(addresses) => *addresses.get(number)?,
+            Self::BaseRelative { base, offsets } => {
+                base.wrapping_add(u64::from(*offsets.get(number)?))
+            }
+            Self::AbsolutePerCpu { base, offsets } => {
+                let offset = i64::from(offsets.get(number)?.cast_signed());
+                match offset {
+                    0.. => offset as u64,
+                    _ => base.wrapping_sub(1).wrapping_sub(offset as u64),
+                }
+            }
+            Self::PlaceRelative { place, offsets } => {
+                let offset = i64::from(offsets.get(number)?.cast_signed());
+                place
+                    .wrapping_add(number as u64 * 4)
+                    .wrapping_add(offset as u64)
+            }
+        })
+    }
+}
+
+/// The 256 texts that names are made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tokens {
+    text: Vec<u8>,
+    /// Where each token lies in `text`, without its zero byte.
+    places: Box<[(u16, u16); 256]>,
+}
+
+impl Tokens {
+    /// Takes the token table and its index apart.
+    pub(crate) fn parse(text: Vec<u8>, index: &[u16; 256]) -> Result<Self, KallsymsError> {
+        let mut places = Box::new([(0, 0); 256]);
+        for (token, (place, start)) in places.iter_mut().zip(index).enumerate() {
+            let error = KallsymsError::Token {
+                token: token as u8,
+                offset: *start,
+            };
+            let rest = text.get(usize::from(*start)..).ok_or(error.clone())?;
+            let length = memchr::memchr(0, rest).ok_or(error.clone())?;
+            let end = usize::from(*start) + length;
+            *place = (*start, u16::try_from(end).map_err(|_| error)?);
+        }
+        Ok(Self { text, places })
+    }
+
+    /// Each byte stands for itself.
+    fn identity() -> Self {
+        let mut places = Box::new([(0, 0); 256]);
+        for (token, place) in places.iter_mut().enumerate() {
+            *place = (token as u16, token as u16 + 1);
+        }
+        Self {
+            text: (0..=255).collect(),
+            places,
+        }
+    }
+
+    #[inline]
+    fn get(&self, token: u8) -> &[u8] {
+        let (start, end) = self.places[usize::from(token)];
+        // In bounds by construction.
+        self.text
+            .get(usize::from(start)..usize::from(end))
+            .unwrap_or_default()
+    }
+}
+
+/// A symbol table whose names have been walked once.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    names: Vec<u8>,
+    /// Where the name of each 256th symbol starts.
+    markers: Vec<u32>,
+    tokens: Tokens,
+    offsets: Offsets,
+}
+
+impl Tables {
+    /// Checks names against markers and addresses.
+    pub(crate) fn parse(
+        names: Vec<u8>,
+        markers: Vec<u32>,
+        tokens: Tokens,
+        offsets: Offsets,
+    ) -> Result<Self, KallsymsError> {
+        let count = offsets.len();
+        if count > MAXIMUM_SYMBOLS {
+            return Err(KallsymsError::TooMany { count });
+        }
+        let end = walk_names(&names, count, &markers)?;
+        let mut names = names;
+        names.truncate(end);
+        let tables = Self {
+            names,
+            markers,
+            tokens,
+            offsets,
+        };
+        // A bound on what unpacking costs: no name is longer than 512 bytes,
+        // and few may be.
+        let longest = tables
+            .tokens
+            .places
+            .iter()
+            .map(|(start, end)| end - start)
+            .max();
+        let worst = tables
+            .names
+            .len()
+            .saturating_mul(longest.unwrap_or(0).into());
+        if worst > MAXIMUM_TEXT && tables.text_length() > MAXIMUM_TEXT {
+            return Err(KallsymsError::TooLong);
+        }
+        Ok(tables)
+    }
+
+    /// Tables of symbols from elsewhere, uncompressed.
+    pub(crate) fn from_list<'a>(
+        list: impl IntoIterator<Item = (&'a str, u64, char)>,
+    ) -> Result<Self, KallsymsError> {
+        let mut names = Vec::new();
+        let mut markers = Vec::new();
+        let mut addresses = Vec::new();
+        for (number, (name, address, kind)) in list.into_iter().enumerate() {
+            if number % MARKER_DISTANCE == 0 {
+                markers.push(names.len() as u32);
+            }
+            if number >= MAXIMUM_SYMBOLS || names.len() > MAXIMUM_TEXT {
+                return Err(KallsymsError::TooMany { count: number });
+            }
+            let name = &name.as_bytes()[..name.len().min(MAXIMUM_NAME - 1)];
+            let length = name.len() + 1;
+            match length {
+                0..0x80 => names.push(length as u8),
+                _ => names.extend_from_slice(&[length as u8 & 0x7f | 0x80, (length >> 7) as u8]),
+            }
+            names.push(u8::try_from(kind).unwrap_or(b'?'));
+            names.extend_from_slice(name);
+            addresses.push(address);
+        }
+        Self::parse(
+            names,
+            markers,
+            Tokens::identity(),
+            Offsets::Absolute(addresses),
+        )
+    }
+
+    /// How many symbols there are.
+    pub(crate) fn len(&self) -> usize {
+        self.offsets.len()
+    }
+
+    /// The addresses.
+    pub(crate) fn offsets(&self) -> &Offsets {
+        &self.offsets
+    }
+
+    /// Unpacks the name of symbol `number` into `name` and gives its kind.
+    pub(crate) fn name(&self, number: usize, name: &mut Vec<u8>) -> Option<u8> {
+        if number >= self.len() {
+            return None;
+        }
+        let mut offset = *self.markers.get(number / MARKER_DISTANCE)? as usize;
+        for _ in 0..number % MARKER_DISTANCE {
+            offset = name_tokens(&self.names, offset)?.end;
+        }
+        let tokens = self.names.get(name_tokens(&self.names, offset)?)?;
+        Some(self.unpack(tokens, name))
+    }
+
+    /// Calls `each` with the kind and name of every symbol, in order.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(u8, &[u8])) {
+        let mut offset = 0;
+        let mut name = Vec::with_capacity(MAXIMUM_NAME);
+        for _ in 0..self.len() {
+            let Some(place) = name_tokens(&self.names, offset) else {
+                return;
+            };
+            offset = place.end;
+            let kind = self.unpack(&self.names[place], &mut name);
+            each(kind, &name);
+        }
+    }
+
+    #[inline]
+    fn unpack(&self, tokens: &[u8], name: &mut Vec<u8>) -> u8 {
+        name.clear();
+        let mut kind = None;
+        for token in tokens {
+            let mut text = self.tokens.get(*token);
+            if kind.is_none()
+                && let Some((first, rest)) = text.split_first()
+            {
+                kind = Some(*first);
+                text = rest;
+            }
+            let room = (MAXIMUM_NAME - 1).saturating_sub(name.len());
+            name.extend_from_slice(&text[..text.len().min(room)]);
+        }
+        kind.unwrap_or(b'?')
+    }
+
+    fn text_length(&self) -> usize {
+        let mut length = 0_usize;
+        self.for_each(|_, name| length += name.len());
+        length
+    }
+}
+
+/// Where the tokens of the name at `offset` lie; it ends where the next name
+/// starts.
+#[inline]
+pub(crate) fn name_tokens(names: &[u8], offset: usize) -> Option<Range<usize>> {
+    let first = *names.get(offset)?;
+    let (start, length) = match first {
+        0..0x80 => (offset + 1, usize::from(first)),
+        _ => {
+            let second = *names.get(offset + 1)?;
+            let length = usize::from(first & 0x7f) | usize::from(second) << 7;
+            (offset + 2, length)
+        }
+    };
+    let end = start + length;
+    (length != 0 && end <= names.len()).then_some(start..end)
+}
+
+/// Walks `count` names and checks each 256th against its marker; gives where
+/// the last one ends.
+pub(crate) fn walk_names(
+    names: &[u8],
+    count: usize,
+    markers: &[u32],
+) -> Result<usize, KallsymsError> {
+    let mut offset = 0;
+    for number in 0..count {
+        if number % MARKER_DISTANCE == 0 {
+            let index = number / MARKER_DISTANCE;
+            let marker = markers.get(index).copied().unwrap_or(u32::MAX);
+            if marker as usize != offset {
+                return Err(KallsymsError::Marker {
+                    index,
+                    marker,
+                    offset,
+                });
+            }
+        }
+        match name_tokens(names, offset) {
+            Some(place) => offset = place.end,
+            None => return Err(KallsymsError::Name { number, offset }),
+        }
+    }
+    Ok(offset)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Tokens 0 to 9: "Tdo", "_", "t", "ext", ...
+    fn tokens() -> Tokens {
+        let mut text = Vec::new();
+        let mut index = [0; 256];
+        let words = ["Tdo", "_", "t", "ext", "w", "ork"];
+        for (token, start) in index.iter_mut().enumerate() {
+            *start = text.len() as u16;
+            if let Some(word) = words.get(token) {
+                text.extend_from_slice(word.as_bytes());
+            }
+            text.push(0);
+        }
+        Tokens::parse(text, &index).expect("well formed")
+    }
+
+    #[test]
+    fn unpacks_names() {
+        let names = vec![3, 0, 1, 4, 2, 2, 3, 0x81, 0x00, 5];
+        let offsets = Offsets::Absolute(vec![1, 2, 3]);
+        let tables = Tables::parse(names, vec![0], tokens(), offsets).expect("well formed");
+        let mut all = Vec::new();
+        tables.for_each(|kind, name| {
+            all.push((kind, String::from_utf8_lossy(name).into_owned()));
+        });
+        let expected = [(b'T', "do_w"), (b't', "ext"), (b'o', "rk")];
+        assert_eq!(all, expected.map(|(kind, name)| (kind, name.to_owned())));
+        let mut name = Vec::new();
+        assert_eq!(tables.name(1, &mut name), Some(b't'));
+        assert_eq!(name, b"ext");
+        assert_eq!(tables.name(3, &mut name), None);
+    }
+
+    #[test]
+    fn decodes_addresses() {
+        let base = 0xffff_ffff_8100_0000_u64;
+        let per_cpu = Offsets::AbsolutePerCpu {
+            base,
+            offsets: vec![0, 0x1_f000, u32::MAX, u32::MAX - 0x40],
+        };
+        assert_eq!(per_cpu.get(1), Some(0x1_f000));
+        assert_eq!(per_cpu.get(2), Some(base));
+        assert_eq!(per_cpu.get(3), Some(base + 0x40));
+        let relative = Offsets::BaseRelative {
+            base,
+            offsets: vec![0, 0xf000_0000],
+        };
+        assert_eq!(relative.get(1), Some(base.wrapping_add(0xf000_0000)));
+        let place = Offsets::PlaceRelative {
+            place: base + 0x100,
+            offsets: vec![0, 0_u32.wrapping_sub(0x104)],
+        };
+        assert_eq!(place.get(0), Some(base + 0x100));
+        assert_eq!(place.get(1), Some(base));
+        assert_eq!(place.get(2), None);
+    }
+
+    #[test]
+    fn refuses_what_contradicts_itself() {
+        let parse = |names: &[u8], markers: &[u32], count| {
+            let offsets = Offsets::Absolute(vec![0; count]);
+            Tables::parse(names.to_vec(), markers.to_vec(), tokens(), offsets).map(|_| ())
+        };
+        assert_eq!(parse(&[1, 2], &[0], 1), Ok(()));
+        assert!(matches!(
+            parse(&[1, 2], &[0], 2),
+            Err(KallsymsError::Name { number: 1, .. })
+        ));
+        assert!(matches!(
+            parse(&[0, 2], &[0], 1),
+            Err(KallsymsError::Name { number: 0, .. })
+        ));
+        assert!(matches!(
+            parse(&[0x80], &[0], 1),
+            Err(KallsymsError::Name { .. })
+        ));
+        assert!(matches!(
+            parse(&[1, 2], &[1], 1),
+            Err(KallsymsError::Marker { .. })
+        ));
+        assert!(matches!(
+            parse(&[1, 2], &[], 1),
+            Err(KallsymsError::Marker { .. })
+        ));
+    }
+
+    #[test]
+    fn lists_keep_long_names() {
+        let long = "x".repeat(400);
+        let tables = Tables::from_list([("a", 1, 'T'), (&long, 2, 'd')]).expect("a short list");
+        let mut name = Vec::new();
+        assert_eq!(tables.name(1, &mut name), Some(b'd'));
+        assert_eq!(name, long.as_bytes());
+    }
+
+    proptest! {
+        #[test]
+        fn any_tables_are_parsed_or_refused(
+            names in proptest::collection::vec(any::<u8>(), 0..2000),
+            count in 0_usize..600,
+            markers in proptest::collection::vec(0_u32..2000, 0..4),
+            text in proptest::collection::vec(0_u8..4, 0..600),
+        ) {
+            let index = [0; 256];
+            let tokens = Tokens::parse(text, &index).unwrap_or_else(|_| tokens());
+            let mut markers = markers;
+            if let Some(first) = markers.first_mut() {
+                *first = 0;
+            }
+            let offsets = Offsets::Absolute(vec![0; count]);
+            if let Ok(tables) = Tables::parse(names, markers, tokens, offsets) {
+                let mut seen = 0;
+                tables.for_each(|_, _| seen += 1);
+                prop_assert_eq!(seen, count);
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! The symbols of a kernel or a module: names and run-time addresses.
+//!
+//! The names stay compressed as the kernel keeps them (see `kallsyms.rs`); a
+//! hash table of symbol numbers answers for one name by unpacking the few
+//! candidates. Only listings, and the search for the symbol nearest to an
+//! address, unpack all names, once.
+
+use std::sync::OnceLock;
+
+use secmon_memory::VirtualAddress;
+
+use crate::kallsyms::{KallsymsError, Offsets, Tables};
+
+/// One symbol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SymbolRef<'a> {
+    /// Its name; what is not UTF-8 in it is replaced by U+FFFD.
+    pub name: &'a str,
+    /// Where it is now, KASLR included. Of a per-CPU symbol: what is to be
+    /// added to a CPU's `__per_cpu_offset` to get there.
+    pub address: VirtualAddress,
+    /// Its kind as in `/proc/kallsyms` and `nm`: `T` text, `D` data, `A`
+    /// absolute, lower case for local ones; `?` where it is not known.
+    pub kind: char,
+}
+
+/// The symbols of one kernel build or module.
+#[derive(Debug)]
+pub struct Symbols {
+    tables: Tables,
+    /// Open addressing by name: symbol numbers plus one, 0 where empty. The
+    /// length is a power of two, at least a third of it empty.
+    slots: Vec<u32>,
+    /// Symbol numbers by address, if they are not in that order already.
+    by_address: Option<Vec<u32>>,
+    unpacked: OnceLock<Unpacked>,
+}
+
+/// All names, one after the other.
+#[derive(Debug)]
+struct Unpacked {
+    text: String,
+    /// Where each name ends, and its kind.
+    ends: Vec<(u32, char)>,
+}
+
+impl Symbols {
+    /// Indexes the names of `tables`.
+    pub(crate) fn new(tables: Tables) -> Self {
+        let slots = index(&tables);
+        Self::with_index(tables, slots)
+    }
+
+    /// Takes an index made by [`new`](Self::new) before and kept in a cache.
+    /// One that does not fit makes lookups fail, nothing worse; the cache
+    /// guards against that.
+    pub(crate) fn with_index(tables: Tables, slots: Vec<u32>) -> Self {
+        let sorted = (1..tables.len())
+            .all(|number| tables.offsets().get(number - 1) <= tables.offsets().get(number));
+        let by_address = (!sorted).then(|| {
+            let mut numbers: Vec<u32> = (0..tables.len() as u32).collect();
+            numbers.sort_by_key(|number| tables.offsets().get(*number as usize));
+            numbers
+        });
+        Self {
+            tables,
+            slots,
+            by_address,
+            unpacked: OnceLock::new(),
+        }
+    }
+
+    /// Symbols from a list, for sources other than the kernel's own tables.
+    pub(crate) fn from_list<'a>(
+        list: impl IntoIterator<Item = (&'a str, u64, char)>,
+    ) -> Result<Self, KallsymsError> {
+        Ok(Self::new(Tables::from_list(list)?))
+    }
+
+    /// How many symbols there are.
+    pub fn len(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The address of the first symbol of that name.
+    pub fn address(&self, name: &str) -> Option<VirtualAddress> {
+        self.addresses(name).next()
+    }
+
+    /// The addresses of all symbols of that name, lowest first: names of
+    /// `static` functions and variables repeat.
+    pub fn addresses(&self, name: &str) -> impl Iterator<Item = VirtualAddress> {
+        let mut slot = hash(name.as_bytes()) as usize;
+        let mut found = Vec::new();
+        let mut unpacked = Vec::new();
+        for _ in 0..self.slots.len() {
+            slot &= self.slots.len() - 1;
+            let Some(number) = self.slots[slot].checked_sub(1) else {
+                break;
+            };
+            if self.tables.name(number as usize, &mut unpacked).is_some()
+                && unpacked == name.as_bytes()
+            {
+                found.extend(self.tables.offsets().get(number as usize));
+            }
+            slot += 1;
+        }
+        found.sort_unstable();
+        found.into_iter().map(VirtualAddress::new)
+    }
+
+    /// The last symbol at or below `address`, and the distance to it. It says
+    /// nothing about whether the address belongs to that symbol.
+    pub fn nearest(&self, address: VirtualAddress) -> Option<(SymbolRef<'_>, u64)> {
+        let at = |position: usize| -> Option<u64> {
+            let number = match &self.by_address {
+                Some(order) => *order.get(position)? as usize,
+                None => position,
+            };
+            self.tables.offsets().get(number)
+        };
+        let (mut low, mut high) = (0, self.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match at(middle) {
+                Some(other) if other <= address.as_u64() => low = middle + 1,
+                _ => high = middle,
+            }
+        }
+        let mut position = low.checked_sub(1)?;
+        let found = at(position)?;
+        // Of several symbols at one address the kernel means the first.
+        while position > 0 && at(position - 1) == Some(found) {
+            position -= 1;
+        }
+        let number = match &self.by_address {
+            Some(order) => *order.get(position)? as usize,
+            None => position,
+        };
+        Some((self.symbol(number)?, address.as_u64() - found))
+    }
+
+    /// All symbols, in the order of the kernel's table.
+    pub fn iter(&self) -> impl Iterator<Item = SymbolRef<'_>> {
+        (0..self.len()).filter_map(|number| self.symbol(number))
+    }
+
+    fn symbol(&self, number: usize) -> Option<SymbolRef<'_>> {
+        let unpacked = self.unpacked.get_or_init(|| Unpacked::new(&self.tables));
+        let (end, kind) = *unpacked.ends.get(number)?;
+        let start = match number.checked_sub(1) {
+            Some(before) => unpacked.ends.get(before)?.0,
+            None => 0,
+        };
+        Some(SymbolRef {
+            name: unpacked.text.get(start as usize..end as usize)?,
+            address: VirtualAddress::new(self.tables.offsets().get(number)?),
+            kind,
+        })
+    }
+
+    /// The index, to be kept in a cache.
+    pub(crate) fn index(&self) -> &[u32] {
+        &self.slots
+    }
+
+    /// How the addresses are encoded.
+    pub(crate) fn offsets(&self) -> &Offsets {
+        self.tables.offsets()
+    }
+}
+
+impl Unpacked {
+    fn new(tables: &Tables) -> Self {
+        let mut text = String::with_capacity(tables.len() * 24);
+        let mut ends = Vec::with_capacity(tables.len());
+        tables.for_each(|kind, name| {
+            match str::from_utf8(name) {
+                Ok(name) => text.push_str(name),
+                Err(_) => text.push_str(&String::from_utf8_lossy(name)),
+            }
+            ends.push((text.len() as u32, char::from(kind)));
+        });
+        Self { text, ends }
+    }
+}
+
+/// The length of the hash table for that many symbols.
+pub(crate) fn index_length(symbols: usize) -> usize {
+    (symbols + symbols / 2 + 1).next_power_of_two()
+}
+
+fn index(tables: &Tables) -> Vec<u32> {
+    let mut slots = vec![0_u32; index_length(tables.len())];
+    let mask = slots.len() - 1;
+    let mut number = 0;
+    tables.for_each(|_, name| {
+        let mut slot = hash(name) as usize & mask;
+        while slots[slot] != 0 {
+            slot = (slot + 1) & mask;
+        }
+        number += 1;
+        slots[slot] = number;
+    });
+    slots
+}
+
+/// FNV-1a. A guest can choose names of equal hashes; their number is bounded
+/// by the table's, and what they slow down is its own reading.
+fn hash(bytes: &[u8]) -> u64 {
+    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    // The low bits of FNV are its weakest.
+    hash ^ hash >> 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Symbols {
+        Symbols::from_list([
+            ("cpu_number", 0x1000, 'A'),
+            ("_text", 0xffff_ffff_8100_0000, 'T'),
+            ("_stext", 0xffff_ffff_8100_0000, 'T'),
+            ("twice", 0xffff_ffff_8100_0040, 't'),
+            ("banner", 0xffff_ffff_8200_0000, 'D'),
+            ("twice", 0xffff_ffff_8100_0080, 't'),
+        ])
+        .expect("a short list")
+    }
+
+    #[test]
+    fn finds_by_name() {
+        let symbols = sample();
+        let found = symbols.address("banner");
+        assert_eq!(found, Some(VirtualAddress::new(0xffff_ffff_8200_0000)));
+        assert_eq!(symbols.address("bann"), None);
+        assert_eq!(symbols.address(""), None);
+        let twice: Vec<u64> = symbols
+            .addresses("twice")
+            .map(VirtualAddress::as_u64)
+            .collect();
+        assert_eq!(twice, [0xffff_ffff_8100_0040, 0xffff_ffff_8100_0080]);
+    }
+
+    #[test]
+    fn finds_by_address() {
+        let symbols = sample();
+        let near = |address| {
+            symbols
+                .nearest(VirtualAddress::new(address))
+                .map(|(symbol, distance)| (symbol.name, distance))
+        };
+        assert_eq!(near(0xfff), None);
+        assert_eq!(near(0x1004), Some(("cpu_number", 4)));
+        assert_eq!(near(0xffff_ffff_8100_0001), Some(("_text", 1)));
+        assert_eq!(near(0xffff_ffff_8100_0081), Some(("twice", 1)));
+        assert_eq!(near(u64::MAX), Some(("banner", 0x7dff_ffff)));
+    }
+
+    #[test]
+    fn an_index_that_does_not_fit_finds_nothing() {
+        let good = sample();
+        for slots in [vec![], vec![7; 16], vec![u32::MAX; 4]] {
+            let tables =
+                Tables::from_list(good.iter().map(|s| (s.name, s.address.as_u64(), s.kind)));
+            let symbols = Symbols::with_index(tables.expect("a short list"), slots);
+            assert_eq!(symbols.address("banner"), None);
+        }
+    }
+}
