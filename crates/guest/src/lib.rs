@@ -9,6 +9,8 @@ mod diagnostics;
 mod guest;
 mod layout;
 pub mod linux;
+#[cfg(test)]
+pub(crate) mod synthetic;
 mod table;
 mod value;
 

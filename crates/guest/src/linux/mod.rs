@@ -5,8 +5,11 @@
 pub mod list;
 pub mod path;
 pub mod per_cpu;
+pub mod rb_tree;
 pub mod snapshot;
 pub mod span;
 #[cfg(test)]
 pub mod synthetic;
 pub mod task;
+pub mod tree;
+pub mod xarray;
