@@ -24,7 +24,8 @@ pub use value::{Text, Value};
 
 /// All tables, in the order in which they are documented.
 pub fn tables() -> &'static [&'static dyn Table] {
-    &[]
+    static TABLES: &[&dyn Table] = &[&linux::kmsg::KMSG];
+    TABLES
 }
 
 /// The table with this name or alias.

@@ -2,6 +2,8 @@
 //! kernels describe them. One file a subject; which members there are is said
 //! by each guest's own types.
 
+pub mod clock;
+pub mod kmsg;
 pub mod list;
 pub mod path;
 pub mod per_cpu;
