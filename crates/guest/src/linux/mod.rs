@@ -5,6 +5,7 @@
 pub mod clock;
 pub mod kmsg;
 pub mod list;
+pub mod maple_tree;
 pub mod path;
 pub mod per_cpu;
 pub mod rb_tree;

@@ -244,7 +244,7 @@ mod tests {
             let memory = tree(50, Volatility::Static);
             for (place, value, near) in damage {
                 let value = if near {
-                    Synthetic::at(value % SIZE & !7).as_u64()
+                    Synthetic::at((value % SIZE) & !7).as_u64()
                 } else {
                     value
                 };
