@@ -1,0 +1,1 @@
+//! One file a table: the rows it should have, from the guest's own truth.

@@ -1,0 +1,8 @@
+//! What the tables say, compared with what real guests say of themselves.
+//!
+//! [`compare`] has a file for each table: what its rows should be, made from
+//! the guest's own truth. [`rows`] holds the comparison itself.
+#![forbid(unsafe_code)]
+
+pub mod compare;
+pub mod rows;
