@@ -6,6 +6,7 @@ pub mod clock;
 pub mod kmsg;
 pub mod list;
 pub mod maple_tree;
+pub mod module;
 pub mod path;
 pub mod per_cpu;
 pub mod rb_tree;
@@ -13,6 +14,7 @@ pub mod snapshot;
 pub mod span;
 #[cfg(test)]
 pub mod synthetic;
+pub mod taint;
 pub mod task;
 pub mod tree;
 pub mod xarray;
