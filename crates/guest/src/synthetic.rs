@@ -18,7 +18,11 @@ pub(crate) const SIZE: u64 = 4 << 20;
 const PML4: u64 = SIZE;
 const PDPT: u64 = SIZE + 0x1000;
 const PD: u64 = SIZE + 0x2000;
-const TOTAL: usize = SIZE as usize + 0x3000;
+/// Tables for one piece of user memory.
+const USER_PDPT: u64 = SIZE + 0x3000;
+const USER_PD: u64 = SIZE + 0x4000;
+const USER_PT: u64 = SIZE + 0x5000;
+const TOTAL: usize = SIZE as usize + 0x6000;
 
 /// Called with each physical address that is read, before it is.
 type OnRead = Box<dyn FnMut(&mut Vec<u8>, u64) + Send>;
@@ -88,6 +92,18 @@ impl Synthetic {
             PhysicalAddress::new(PML4),
             PagingMode::FourLevel,
         )
+    }
+
+    /// Maps pages of user memory from `start` on, a multiple of 2 MiB, to
+    /// these physical ones.
+    pub(crate) fn map_user(&self, start: u64, pages: &[Option<u64>]) {
+        self.write_u64(PML4 + ((start >> 39) & 0x1ff) * 8, USER_PDPT | 7);
+        self.write_u64(USER_PDPT + ((start >> 30) & 0x1ff) * 8, USER_PD | 7);
+        self.write_u64(USER_PD + ((start >> 21) & 0x1ff) * 8, USER_PT | 7);
+        for (index, page) in pages.iter().enumerate() {
+            let entry = page.map_or(0, |page| page | 7);
+            self.write_u64(USER_PT + index as u64 * 8, entry);
+        }
     }
 
     /// Lets `change` see, and change, the memory before each read of it.

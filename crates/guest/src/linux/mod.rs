@@ -17,4 +17,5 @@ pub mod synthetic;
 pub mod taint;
 pub mod task;
 pub mod tree;
+pub mod user;
 pub mod xarray;
