@@ -5,15 +5,17 @@
 //! addresses) and notes. Source: System V ABI, chapter 5; QEMU
 //! `dump/dump.c`; Linux `include/uapi/linux/elf.h` for `PN_XNUM`.
 
+use std::sync::Arc;
+
 use object::LittleEndian;
 use object::elf;
 use object::pod;
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use secmon_memory::{MemoryRegion, PhysicalAddress};
 
-use super::file::ImageFile;
+use super::bytes::ImageBytes;
 use super::notes::Notes;
-use super::pieces::{PHYSICAL_END, Piece, Pieces, mapped_memory};
+use super::pieces::{PHYSICAL_END, Piece, Pieces, memory_of};
 use super::{Image, ImageError, ImageFormat, ImageNote, ImageOptions};
 
 /// The most program headers that are read: QEMU's paging dump of a large guest
@@ -27,7 +29,11 @@ const BATCH: u64 = 1024;
 
 const FORMAT: ImageFormat = ImageFormat::ElfCore;
 
-pub(crate) fn open(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image, ImageError> {
+pub(crate) fn open(
+    file: &Arc<dyn ImageBytes>,
+    options: &ImageOptions<'_>,
+    notes: Vec<ImageNote>,
+) -> Result<Image, ImageError> {
     let mut ident = [0; 16];
     file.read(0, &mut ident, "ELF identification")?;
     if ident[5] != elf::ELFDATA2LSB.0 {
@@ -37,8 +43,8 @@ pub(crate) fn open(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image
         });
     }
     match elf::FileClass(ident[4]) {
-        elf::ELFCLASS32 => read_core::<elf::FileHeader32<LittleEndian>>(file, options),
-        elf::ELFCLASS64 => read_core::<elf::FileHeader64<LittleEndian>>(file, options),
+        elf::ELFCLASS32 => read_core::<elf::FileHeader32<LittleEndian>>(file, options, notes),
+        elf::ELFCLASS64 => read_core::<elf::FileHeader64<LittleEndian>>(file, options, notes),
         other => Err(damaged(4, format!("ELF class {}", other.0))),
     }
 }
@@ -53,7 +59,7 @@ fn damaged(offset: u64, what: String) -> ImageError {
 
 /// One structure of the file; its size is known and small.
 fn read_structure<T: pod::Pod + Copy>(
-    file: &ImageFile,
+    file: &dyn ImageBytes,
     offset: u64,
     what: &'static str,
 ) -> Result<T, ImageError> {
@@ -64,12 +70,16 @@ fn read_structure<T: pod::Pod + Copy>(
     }
 }
 
-fn read_core<Elf>(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image, ImageError>
+fn read_core<Elf>(
+    file: &Arc<dyn ImageBytes>,
+    options: &ImageOptions<'_>,
+    mut image_notes: Vec<ImageNote>,
+) -> Result<Image, ImageError>
 where
     Elf: FileHeader<Endian = LittleEndian>,
 {
     let endian = LittleEndian;
-    let header: Elf = read_structure(file, 0, "ELF header")?;
+    let header: Elf = read_structure(file.as_ref(), 0, "ELF header")?;
     let kind = header.e_type(endian);
     if kind != elf::ET_CORE {
         return Err(ImageError::Unsupported {
@@ -84,12 +94,11 @@ where
             advice: "only x86-64 guests are read",
         });
     }
-    let (table, count) = program_headers(file, &header)?;
+    let (table, count) = program_headers(file.as_ref(), &header)?;
     let entry = size_of::<Elf::ProgramHeader>() as u64;
 
     let mut pieces = Pieces::default();
     let mut notes = Notes::default();
-    let mut image_notes = Vec::new();
     let mut notes_left = MAX_NOTES_SIZE;
     let (mut loads, mut at_zero, mut not_physical, mut no_bytes) = (0u64, 0u64, 0u64, 0u64);
     let mut index = 0;
@@ -199,7 +208,7 @@ where
     image_notes.extend(piece_notes);
     let hints = notes.finish(&mut image_notes);
     Ok(Image {
-        memory: mapped_memory(file, &pieces, missing, options.volatility)?,
+        memory: memory_of(file, &pieces, missing, options.volatility)?,
         format: FORMAT,
         notes: image_notes,
         hints,
@@ -207,7 +216,7 @@ where
 }
 
 /// Where the program headers are and how many.
-fn program_headers<Elf>(file: &ImageFile, header: &Elf) -> Result<(u64, u64), ImageError>
+fn program_headers<Elf>(file: &dyn ImageBytes, header: &Elf) -> Result<(u64, u64), ImageError>
 where
     Elf: FileHeader<Endian = LittleEndian>,
 {

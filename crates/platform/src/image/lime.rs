@@ -3,8 +3,10 @@
 //! Source: LiME `src/lime.h`, `lime_mem_range_header`. AVML writes the same
 //! when it does not compress, and then leaves out blocks that hold only zeros.
 
-use super::file::ImageFile;
-use super::pieces::{MAX_PIECES, PHYSICAL_END, Piece, Pieces, mapped_memory};
+use std::sync::Arc;
+
+use super::bytes::ImageBytes;
+use super::pieces::{MAX_PIECES, PHYSICAL_END, Piece, Pieces, memory_of};
 use super::{Image, ImageError, ImageFormat, ImageHints, ImageNote, ImageOptions};
 
 /// Bytes of a header.
@@ -64,20 +66,23 @@ impl RangeHeader {
     }
 
     /// The header in the file at `offset`.
-    pub(crate) fn read(file: &ImageFile, offset: u64) -> Result<Self, ImageError> {
+    pub(crate) fn read(file: &dyn ImageBytes, offset: u64) -> Result<Self, ImageError> {
         let mut bytes = [0; HEADER_SIZE as usize];
         file.read(offset, &mut bytes, "range header")?;
         Ok(Self::parse(&bytes))
     }
 }
 
-pub(crate) fn open(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image, ImageError> {
+pub(crate) fn open(
+    file: &Arc<dyn ImageBytes>,
+    options: &ImageOptions<'_>,
+    mut notes: Vec<ImageNote>,
+) -> Result<Image, ImageError> {
     let mut pieces = Pieces::default();
-    let mut notes = Vec::new();
     let mut offset = 0;
     let mut count = 0;
     while offset < file.len() {
-        let length = match RangeHeader::read(file, offset) {
+        let length = match RangeHeader::read(file.as_ref(), offset) {
             Ok(header) => header.length(MAGIC, 1).map(|length| (header.start, length)),
             Err(ImageError::Truncated { .. }) if count > 0 => {
                 Err("the file ends inside of a range header".to_owned())
@@ -128,7 +133,7 @@ pub(crate) fn open(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image
     let (pieces, missing, piece_notes) = pieces.finish();
     notes.extend(piece_notes);
     Ok(Image {
-        memory: mapped_memory(file, &pieces, missing, options.volatility)?,
+        memory: memory_of(file, &pieces, missing, options.volatility)?,
         format: ImageFormat::Lime,
         notes,
         hints: ImageHints::default(),

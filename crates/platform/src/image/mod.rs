@@ -9,11 +9,16 @@
 //! it comes as [`ImageHints`], unjudged: whoever wrote the guest's memory may
 //! have written them.
 
+mod bytes;
+mod decompress;
 mod elf;
 mod error;
-mod file;
+mod flattened;
+mod kdump;
+mod kdump_pages;
 mod lime;
 mod notes;
+mod page_cache;
 mod pieces;
 mod raw;
 
@@ -27,7 +32,8 @@ pub use error::{ImageError, ImageNote};
 pub use raw::candidate_layouts;
 
 use crate::layout::RamLayout;
-use file::ImageFile;
+use bytes::{ImageBytes, ImageFile};
+use flattened::Flattened;
 
 /// The formats that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,6 +42,8 @@ pub enum ImageFormat {
     Raw,
     /// An ELF core with physical addresses.
     ElfCore,
+    /// A kdump-compressed file, of QEMU or makedumpfile.
+    Kdump,
     /// LiME, version 1.
     Lime,
 }
@@ -45,6 +53,7 @@ impl fmt::Display for ImageFormat {
         f.write_str(match self {
             Self::Raw => "raw",
             Self::ElfCore => "ELF core",
+            Self::Kdump => "kdump",
             Self::Lime => "LiME",
         })
     }
@@ -65,6 +74,8 @@ pub struct ImageOptions<'a> {
     pub validate: Option<Judge<'a>>,
     /// Whether a guest may be writing the file now.
     pub volatility: Volatility,
+    /// Bytes that may be kept of decoded pages, where the format is compressed.
+    pub cache_size: usize,
 }
 
 impl Default for ImageOptions<'_> {
@@ -74,6 +85,7 @@ impl Default for ImageOptions<'_> {
             layout: None,
             validate: None,
             volatility: Volatility::Static,
+            cache_size: 16 << 20,
         }
     }
 }
@@ -158,10 +170,33 @@ pub struct VcpuState {
 /// [`ImageError`] if no memory can be read from it.
 pub fn open(path: &Path, options: &ImageOptions<'_>) -> Result<Image, ImageError> {
     let file = ImageFile::open(path)?;
-    let mut first = [0; FIRST_BYTES];
-    let count = file.len().min(FIRST_BYTES as u64) as usize;
-    let first = &mut first[..count];
-    file.read(0, first, "first bytes")?;
+    let first = first_bytes(&file)?;
+    // A flattened file may hold a dump of any kind, but never RAM alone.
+    if first.starts_with(flattened::SIGNATURE) && options.format != Some(ImageFormat::Raw) {
+        let mut notes = Vec::new();
+        let file = Flattened::open(file, &mut notes)?;
+        let first = first_bytes(&file)?;
+        if recognise(&first)?.is_none() {
+            return Err(ImageError::Unsupported {
+                what: "a flattened file whose content is no dump".to_owned(),
+                advice: "flattened are kdump and ELF files; unfold others yourself",
+            });
+        }
+        return open_bytes(&into_bytes(file), &first, options, notes);
+    }
+    open_bytes(&into_bytes(file), &first, options, Vec::new())
+}
+
+fn into_bytes(bytes: impl ImageBytes + 'static) -> Arc<dyn ImageBytes> {
+    Arc::new(bytes)
+}
+
+fn open_bytes(
+    file: &Arc<dyn ImageBytes>,
+    first: &[u8],
+    options: &ImageOptions<'_>,
+    notes: Vec<ImageNote>,
+) -> Result<Image, ImageError> {
     let format = match (recognise(first)?, options.format) {
         (_, Some(ImageFormat::Raw)) | (None, None) => ImageFormat::Raw,
         (Some(found), None) => found,
@@ -169,10 +204,17 @@ pub fn open(path: &Path, options: &ImageOptions<'_>) -> Result<Image, ImageError
         (_, Some(asked)) => return Err(ImageError::OtherFormat { asked }),
     };
     match format {
-        ImageFormat::Raw => raw::open(&file, options),
-        ImageFormat::ElfCore => elf::open(&file, options),
-        ImageFormat::Lime => lime::open(&file, options),
+        ImageFormat::Raw => raw::open(file, options, notes),
+        ImageFormat::ElfCore => elf::open(file, options, notes),
+        ImageFormat::Kdump => kdump::open(file, options, notes),
+        ImageFormat::Lime => lime::open(file, options, notes),
     }
+}
+
+/// The bytes that tell the format, fewer if the file is smaller.
+fn first_bytes(file: &dyn ImageBytes) -> Result<Vec<u8>, ImageError> {
+    let count = file.len().min(FIRST_BYTES as u64) as usize;
+    file.read_vec(0, count, "first bytes")
 }
 
 /// As many bytes as tell the formats apart.
@@ -183,8 +225,9 @@ const FIRST_BYTES: usize = 16;
 /// # Errors
 /// [`ImageError::Unsupported`] for known formats that are not read.
 fn recognise(first: &[u8]) -> Result<Option<ImageFormat>, ImageError> {
-    const READ: [(&[u8], ImageFormat); 2] = [
+    const READ: [(&[u8], ImageFormat); 3] = [
         (b"\x7fELF", ImageFormat::ElfCore),
+        (kdump::SIGNATURE, ImageFormat::Kdump),
         (b"EMiL\x01\0\0\0", ImageFormat::Lime),
     ];
     const WINDOWS: &str = "write the memory as ELF core, raw or LiME for now";

@@ -50,6 +50,11 @@ impl Notes {
         }
     }
 
+    /// The VMCOREINFO text where a format names it apart from the notes.
+    pub(crate) fn set_vmcoreinfo(&mut self, bytes: Vec<u8>) {
+        self.hints.vmcoreinfo = Some(bytes);
+    }
+
     /// What was found; adds a note if some of it could not be read.
     pub(crate) fn finish(self, notes: &mut Vec<ImageNote>) -> ImageHints {
         if self.damaged {

@@ -6,7 +6,7 @@ use secmon_memory::{
 };
 use std::sync::Arc;
 
-use super::file::ImageFile;
+use super::bytes::ImageBytes;
 use super::{ImageError, ImageNote};
 
 /// The most separate pieces of memory that one image may have.
@@ -22,6 +22,12 @@ pub(crate) struct Piece {
     pub(crate) start: u64,
     pub(crate) length: u64,
     pub(crate) offset: u64,
+}
+
+impl Piece {
+    fn region(&self) -> MemoryRegion {
+        MemoryRegion::new(PhysicalAddress::new(self.start), self.length)
+    }
 }
 
 /// Collects pieces in any order and merges them.
@@ -199,48 +205,105 @@ fn subtract(
     left
 }
 
-/// The memory of a file whose bytes are the guest's, uncompressed.
-pub(crate) fn mapped_memory(
-    file: &ImageFile,
+/// The memory of an image whose bytes are the guest's, uncompressed.
+pub(crate) fn memory_of(
+    file: &Arc<dyn ImageBytes>,
     pieces: &[Piece],
     missing: Vec<(MemoryRegion, &'static str)>,
     volatility: Volatility,
 ) -> Result<Arc<dyn PhysicalMemory>, ImageError> {
+    let Some(mappable) = file.as_file() else {
+        return Ok(Arc::new(HoledMemory::new(
+            ReadPieces::new(Arc::clone(file), pieces),
+            missing,
+        )));
+    };
     let layout: Vec<(MemoryRegion, u64)> = pieces
         .iter()
-        .map(|piece| {
-            (
-                MemoryRegion::new(PhysicalAddress::new(piece.start), piece.length),
-                piece.offset,
-            )
-        })
+        .map(|piece| (piece.region(), piece.offset))
         .collect();
-    let mapped = MappedMemory::map_file(file.as_file(), &layout, volatility)?;
+    let mapped = MappedMemory::map_file(mappable, &layout, volatility)?;
     if missing.is_empty() {
         return Ok(Arc::new(mapped));
     }
     Ok(Arc::new(HoledMemory::new(mapped, missing)))
 }
 
-/// Mapped memory of which the image says that more existed.
-struct HoledMemory {
-    mapped: MappedMemory,
+/// Pieces that are read and not mapped: those of a flattened file.
+struct ReadPieces {
+    bytes: Arc<dyn ImageBytes>,
+    pieces: Vec<Piece>,
+    regions: Vec<MemoryRegion>,
+}
+
+impl ReadPieces {
+    /// `pieces` are sorted and disjoint.
+    fn new(bytes: Arc<dyn ImageBytes>, pieces: &[Piece]) -> Self {
+        Self {
+            bytes,
+            pieces: pieces.to_vec(),
+            regions: pieces.iter().map(Piece::region).collect(),
+        }
+    }
+}
+
+impl PhysicalMemory for ReadPieces {
+    fn regions(&self) -> &[MemoryRegion] {
+        &self.regions
+    }
+
+    fn volatility(&self) -> Volatility {
+        Volatility::Static
+    }
+
+    fn read(&self, address: PhysicalAddress, buffer: &mut [u8]) -> Result<(), PhysicalReadError> {
+        let mut position = address;
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let after = self
+                .pieces
+                .partition_point(|piece| piece.start <= position.as_u64());
+            let piece = after.checked_sub(1).and_then(|at| self.pieces.get(at));
+            let Some(piece) = piece.filter(|piece| piece.region().contains(position)) else {
+                return Err(PhysicalReadError::Hole { address: position });
+            };
+            let inside = position.as_u64() - piece.start;
+            let left = usize::try_from(piece.length - inside).unwrap_or(usize::MAX);
+            let count = rest.len().min(left);
+            let (now, later) = rest.split_at_mut(count);
+            self.bytes
+                .read(piece.offset + inside, now, "memory")
+                .map_err(|error| match error {
+                    ImageError::Truncated { .. } => PhysicalReadError::Excluded {
+                        address: position,
+                        reason: "the file ends before it",
+                    },
+                    other => PhysicalReadError::Host {
+                        address: position,
+                        reason: other.to_string(),
+                    },
+                })?;
+            position = position.wrapping_add(count as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+/// Memory of which the image says that more existed.
+struct HoledMemory<M> {
+    present: M,
     missing: Vec<(MemoryRegion, &'static str)>,
     regions: Vec<MemoryRegion>,
 }
 
-impl HoledMemory {
-    fn new(mapped: MappedMemory, missing: Vec<(MemoryRegion, &'static str)>) -> Self {
-        let regions = join_regions(
-            mapped
-                .regions()
-                .iter()
-                .copied()
-                .chain(missing.iter().map(|(region, _)| *region))
-                .collect(),
-        );
+impl<M: PhysicalMemory> HoledMemory<M> {
+    fn new(present: M, missing: Vec<(MemoryRegion, &'static str)>) -> Self {
+        let missing_regions = missing.iter().map(|(region, _)| *region);
+        let all = present.regions().iter().copied().chain(missing_regions);
+        let regions = join_regions(all.collect());
         Self {
-            mapped,
+            present,
             missing,
             regions,
         }
@@ -273,29 +336,30 @@ pub(crate) fn missing_reason(
     region.contains(address).then_some(*reason)
 }
 
-impl PhysicalMemory for HoledMemory {
+impl<M: PhysicalMemory> PhysicalMemory for HoledMemory<M> {
     fn regions(&self) -> &[MemoryRegion] {
         &self.regions
     }
 
     fn volatility(&self) -> Volatility {
-        self.mapped.volatility()
+        self.present.volatility()
     }
 
     fn read(&self, address: PhysicalAddress, buffer: &mut [u8]) -> Result<(), PhysicalReadError> {
-        self.mapped
+        self.present
             .read(address, buffer)
             .map_err(|error| match error {
-                PhysicalReadError::Hole { address } => match missing_reason(&self.missing, address)
-                {
-                    Some(reason) => PhysicalReadError::Excluded { address, reason },
-                    None => PhysicalReadError::Hole { address },
-                },
+                PhysicalReadError::Hole { address } => {
+                    match missing_reason(&self.missing, address) {
+                        Some(reason) => PhysicalReadError::Excluded { address, reason },
+                        None => PhysicalReadError::Hole { address },
+                    }
+                }
                 other => other,
             })
     }
 
     fn mapped(&self) -> Option<&MappedMemory> {
-        Some(&self.mapped)
+        self.present.mapped()
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use secmon_memory::{MemoryRegion, PAGE_SIZE, PhysicalAddress, PhysicalMemory};
 
-use super::file::ImageFile;
-use super::pieces::{Piece, mapped_memory};
+use super::bytes::ImageBytes;
+use super::pieces::{Piece, memory_of};
 use super::{Image, ImageError, ImageFormat, ImageHints, ImageNote, ImageOptions};
 use crate::layout::{Machine, RamLayout};
 
@@ -51,8 +51,11 @@ fn low_end(layout: &RamLayout) -> u64 {
         .unwrap_or(0)
 }
 
-pub(crate) fn open(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image, ImageError> {
-    let mut notes = Vec::new();
+pub(crate) fn open(
+    file: &Arc<dyn ImageBytes>,
+    options: &ImageOptions<'_>,
+    mut notes: Vec<ImageNote>,
+) -> Result<Image, ImageError> {
     let whole = file.len() & !(PAGE_SIZE - 1);
     if whole == 0 {
         return Err(ImageError::Truncated {
@@ -74,7 +77,7 @@ pub(crate) fn open(file: &ImageFile, options: &ImageOptions<'_>) -> Result<Image
     if let Some(layout) = options.layout {
         let pieces = pieces(layout);
         return Ok(Image {
-            memory: mapped_memory(file, &pieces, Vec::new(), options.volatility)?,
+            memory: memory_of(file, &pieces, Vec::new(), options.volatility)?,
             format: ImageFormat::Raw,
             notes,
             hints: ImageHints::default(),
@@ -104,14 +107,14 @@ fn pieces(layout: &RamLayout) -> Vec<Piece> {
 
 /// Tries each layout; says what decided if there was a choice.
 fn infer(
-    file: &ImageFile,
+    file: &Arc<dyn ImageBytes>,
     options: &ImageOptions<'_>,
     layouts: Vec<RamLayout>,
 ) -> Result<(Arc<dyn PhysicalMemory>, Option<ImageNote>), ImageError> {
     let choice = layouts.len() > 1;
     let mut best: Option<(u64, &'static str, Arc<dyn PhysicalMemory>, RamLayout)> = None;
     for layout in layouts {
-        let memory = mapped_memory(file, &pieces(&layout), Vec::new(), options.volatility)?;
+        let memory = memory_of(file, &pieces(&layout), Vec::new(), options.volatility)?;
         if !choice {
             return Ok((memory, None));
         }
