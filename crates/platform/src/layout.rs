@@ -16,6 +16,7 @@ use secmon_memory::{LayoutError, MemoryRegion, PhysicalAddress};
 
 mod mtree;
 
+pub(crate) use mtree::block_layout;
 pub use mtree::{FlatRange, MtreeError, RangeKind, parse_mtree};
 
 const GIB: u64 = 1 << 30;

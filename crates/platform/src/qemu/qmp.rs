@@ -1,0 +1,626 @@
+//! A client of the QEMU Machine Protocol over a UNIX socket: a handful of
+//! commands, each with a deadline.
+//!
+//! QMP is JSON, one object a line. QEMU serves one client at a time; a second
+//! one waits unanswered, which [`QmpError::Busy`] stands for. Whatever QEMU
+//! sends is bounded in size and time: a hung or hostile QEMU costs at most the
+//! timeout.
+//!
+//! Source: QEMU `docs/interop/qmp-spec.rst`; of the human monitor's commands
+//! `monitor/hmp-cmds-target.c` (`gpa2hva`), `target/i386/cpu-dump.c`
+//! (`info registers`).
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde_json::{Value, json};
+
+/// The longest line taken from QEMU. `info mtree -f` of a machine with
+/// hundreds of devices is under 1 MiB.
+const MAX_LINE: usize = 16 << 20;
+
+/// The most events remembered.
+const MAX_EVENTS: usize = 1024;
+
+/// How long a command may take where nothing else is said.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A connection that has left QMP's negotiation behind.
+#[derive(Debug)]
+pub struct QmpClient {
+    stream: UnixStream,
+    path: PathBuf,
+    received: Vec<u8>,
+    timeout: Duration,
+    next_id: u64,
+    events: Vec<String>,
+    /// An answer did not come in time: whatever comes next can't be told from
+    /// it for sure, so nothing more is asked.
+    broken: bool,
+}
+
+/// Why QEMU did not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The socket can't be connected to.
+    #[error("connecting to QMP at {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The host's reason.
+        source: std::io::Error,
+    },
+    /// Somebody else is connected: QEMU serves one client at a time.
+    #[error("QMP at {path} is in use by another client (libvirt, a management tool)")]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// No answer in time.
+    #[error("QMP at {path}: no answer to {command:?} within {timeout:?}")]
+    Timeout {
+        /// The socket.
+        path: PathBuf,
+        /// What was asked.
+        command: String,
+        /// How long it was waited for.
+        timeout: Duration,
+    },
+    /// The connection ended.
+    #[error("QMP at {path}: the connection ended during {command:?}: {reason}")]
+    Closed {
+        /// The socket.
+        path: PathBuf,
+        /// What was asked.
+        command: String,
+        /// How it ended.
+        reason: String,
+    },
+    /// What came is no QMP.
+    #[error("QMP at {path}: {reason}")]
+    Protocol {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// QEMU refused.
+    #[error("QEMU refused {command:?}: {description}")]
+    Refused {
+        /// What was asked.
+        command: String,
+        /// QEMU's words.
+        description: String,
+    },
+}
+
+/// What QEMU's `query-status` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunState {
+    /// Whether vCPUs run.
+    pub running: bool,
+    /// The state's name: `running`, `paused`, `prelaunch`, …
+    pub status: String,
+}
+
+/// A block of RAM as `info ramblock` lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RamBlock {
+    /// Its name, `pc.ram` for most machines' main RAM.
+    pub name: String,
+    /// The bytes in use.
+    pub used: u64,
+}
+
+/// A vCPU's registers that matter to translation, from `info registers`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuRegisters {
+    /// Control register 0: bit 31 is paging.
+    pub cr0: u64,
+    /// Control register 3: the page-table root, and the PCID in bits 11 to 0.
+    pub cr3: u64,
+    /// Control register 4: bit 12 is 5-level paging.
+    pub cr4: u64,
+}
+
+impl QmpClient {
+    /// Connects and negotiates; `timeout` is also each command's deadline.
+    ///
+    /// # Errors
+    /// [`QmpError::Busy`] if QEMU does not greet in time, as it does to a
+    /// second client.
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        let connect_error = |source: std::io::Error| QmpError::Connect {
+            path: path.to_owned(),
+            source,
+        };
+        let address = SocketAddrUnix::new(path).map_err(|error| connect_error(error.into()))?;
+        // Not blocking: a connect waits for ever once the queue of a socket
+        // that nobody accepts from is full.
+        let socket = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )
+        .map_err(|error| connect_error(error.into()))?;
+        rustix::net::connect(&socket, &address).map_err(|error| match error {
+            rustix::io::Errno::AGAIN => QmpError::Busy {
+                path: path.to_owned(),
+            },
+            error => connect_error(error.into()),
+        })?;
+        let stream = UnixStream::from(socket);
+        stream.set_nonblocking(false).map_err(connect_error)?;
+        let mut client = Self {
+            stream,
+            path: path.to_owned(),
+            received: Vec::new(),
+            timeout,
+            next_id: 0,
+            events: Vec::new(),
+            broken: false,
+        };
+        let greeting = client
+            .receive("the greeting", Instant::now() + timeout)
+            .map_err(|error| match error {
+                QmpError::Timeout { path, .. } => QmpError::Busy { path },
+                error => error,
+            })?;
+        if greeting.get("QMP").is_none() {
+            return Err(QmpError::Protocol {
+                path: path.to_owned(),
+                reason: "no QMP greeting; is this a monitor for people?".to_owned(),
+            });
+        }
+        client.execute("qmp_capabilities", &json!({}))?;
+        Ok(client)
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Runs a command and gives what it returns.
+    ///
+    /// # Errors
+    /// [`QmpError`]; after a timeout the connection answers no more.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
+        let deadline = Instant::now() + self.timeout;
+        if self.broken {
+            return Err(self.closed(command, "an earlier command was not answered"));
+        }
+        self.next_id += 1;
+        let id = self.next_id;
+        let request = json!({"execute": command, "arguments": arguments, "id": id});
+        let result = self.exchange(command, &request, id, deadline);
+        if !matches!(result, Ok(_) | Err(QmpError::Refused { .. })) {
+            self.broken = true;
+        }
+        result
+    }
+
+    fn exchange(
+        &mut self,
+        command: &str,
+        request: &Value,
+        id: u64,
+        deadline: Instant,
+    ) -> Result<Value, QmpError> {
+        let mut line = request.to_string().into_bytes();
+        line.push(b'\n');
+        self.stream
+            .set_write_timeout(Some(self.timeout))
+            .and_then(|()| self.stream.write_all(&line))
+            .map_err(|error| self.failed(command, &error))?;
+        loop {
+            let mut answer = self.receive(command, deadline)?;
+            if let Some(event) = answer.get("event").and_then(Value::as_str) {
+                if self.events.len() < MAX_EVENTS {
+                    self.events.push(event.to_owned());
+                }
+                continue;
+            }
+            if answer.get("id").and_then(Value::as_u64) != Some(id) {
+                return Err(self.protocol("an answer to something that was not asked"));
+            }
+            if let Some(error) = answer.get("error") {
+                let description = error.get("desc").and_then(Value::as_str);
+                return Err(QmpError::Refused {
+                    command: command.to_owned(),
+                    description: description.unwrap_or("no reason given").to_owned(),
+                });
+            }
+            return match answer.get_mut("return") {
+                Some(value) => Ok(value.take()),
+                None => Err(self.protocol("an answer with neither a result nor an error")),
+            };
+        }
+    }
+
+    /// The next line, as JSON.
+    fn receive(&mut self, command: &str, deadline: Instant) -> Result<Value, QmpError> {
+        let mut searched = 0;
+        loop {
+            let unsearched = self.received.get(searched..).unwrap_or_default();
+            if let Some(at) = memchr::memchr(b'\n', unsearched) {
+                let rest = self.received.split_off(searched + at + 1);
+                let line = std::mem::replace(&mut self.received, rest);
+                return serde_json::from_slice(&line)
+                    .map_err(|error| self.protocol(&format!("a line that is no JSON: {error}")));
+            }
+            searched = self.received.len();
+            if searched > MAX_LINE {
+                return Err(self.protocol("a line of more than 16 MiB"));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(self.timed_out(command));
+            }
+            let mut chunk = [0; 16 << 10];
+            let count = self
+                .stream
+                .set_read_timeout(Some(left))
+                .and_then(|()| self.stream.read(&mut chunk));
+            match count {
+                Ok(0) => return Err(self.closed(command, "QEMU closed it")),
+                Ok(count) => self
+                    .received
+                    .extend_from_slice(chunk.get(..count).unwrap_or_default()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(command, &error)),
+            }
+        }
+    }
+
+    fn failed(&self, command: &str, error: &std::io::Error) -> QmpError {
+        match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => self.timed_out(command),
+            _ => self.closed(command, &error.to_string()),
+        }
+    }
+
+    fn timed_out(&self, command: &str) -> QmpError {
+        QmpError::Timeout {
+            path: self.path.clone(),
+            command: command.to_owned(),
+            timeout: self.timeout,
+        }
+    }
+
+    fn closed(&self, command: &str, reason: &str) -> QmpError {
+        QmpError::Closed {
+            path: self.path.clone(),
+            command: command.to_owned(),
+            reason: reason.to_owned(),
+        }
+    }
+
+    fn protocol(&self, reason: &str) -> QmpError {
+        QmpError::Protocol {
+            path: self.path.clone(),
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// The names of the events seen since the last call, oldest first. They
+    /// are noticed while a command is run.
+    pub fn take_events(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Whether the guest runs.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn status(&mut self) -> Result<RunState, QmpError> {
+        let state = self.execute("query-status", &json!({}))?;
+        let running = state.get("running").and_then(Value::as_bool);
+        let status = state.get("status").and_then(Value::as_str);
+        match (running, status) {
+            (Some(running), Some(status)) => Ok(RunState {
+                running,
+                status: status.to_owned(),
+            }),
+            _ => Err(self.protocol("query-status says neither `running` nor `status`")),
+        }
+    }
+
+    /// Stops all vCPUs.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn stop(&mut self) -> Result<(), QmpError> {
+        self.execute("stop", &json!({})).map(drop)
+    }
+
+    /// Lets all vCPUs run.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn resume(&mut self) -> Result<(), QmpError> {
+        self.execute("cont", &json!({})).map(drop)
+    }
+
+    /// Runs a command of the human monitor and gives its text.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute). What the command itself has to complain
+    /// about is in the text.
+    pub fn monitor_command(&mut self, command: &str) -> Result<String, QmpError> {
+        let arguments = json!({"command-line": command});
+        match self.execute("human-monitor-command", &arguments)? {
+            Value::String(text) => Ok(text),
+            _ => Err(self.protocol("human-monitor-command returned no text")),
+        }
+    }
+
+    /// The RAM blocks, QEMU's devices' too.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn ram_blocks(&mut self) -> Result<Vec<RamBlock>, QmpError> {
+        let text = self.monitor_command("info ramblock")?;
+        Ok(parse_ram_blocks(&text))
+    }
+
+    /// Where in QEMU's own address space the RAM at a guest physical address
+    /// lies, and the name of the memory region; `None` where there is no RAM.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn host_address(&mut self, physical: u64) -> Result<Option<(String, u64)>, QmpError> {
+        let text = self.monitor_command(&format!("gpa2hva {physical:#x}"))?;
+        Ok(parse_host_address(&text))
+    }
+
+    /// The bytes of main RAM and of memory devices (hotplugged DIMMs), from
+    /// `query-memory-size-summary`.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn memory_size(&mut self) -> Result<(u64, u64), QmpError> {
+        let summary = self.execute("query-memory-size-summary", &json!({}))?;
+        let field = |name| summary.get(name).and_then(Value::as_u64);
+        match field("base-memory") {
+            Some(base) => Ok((base, field("plugged-memory").unwrap_or(0))),
+            None => Err(self.protocol("query-memory-size-summary says no `base-memory`")),
+        }
+    }
+
+    /// The ids of the memory backends of memory devices that are plugged in.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn memory_device_backends(&mut self) -> Result<Vec<String>, QmpError> {
+        let devices = self.execute("query-memory-devices", &json!({}))?;
+        let devices = devices.as_array().map(Vec::as_slice).unwrap_or_default();
+        let backends = devices.iter().filter_map(|device| {
+            let path = device.pointer("/data/memdev")?.as_str()?;
+            Some(path.rsplit('/').next()?.to_owned())
+        });
+        Ok(backends.collect())
+    }
+
+    /// The registers of each vCPU, in their order.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn registers(&mut self) -> Result<Vec<VcpuRegisters>, QmpError> {
+        let text = self.monitor_command("info registers -a")?;
+        Ok(parse_registers(&text))
+    }
+}
+
+/// The rows of `info ramblock`: name, page size with unit, offset, used bytes,
+/// total bytes. The name, right-aligned, may hold spaces.
+fn parse_ram_blocks(text: &str) -> Vec<RamBlock> {
+    let parse = |line: &str| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        // Newer versions add columns after the total.
+        let offset = fields.iter().position(|field| field.starts_with("0x"))?;
+        let used = fields.get(offset + 1)?.strip_prefix("0x")?;
+        let name = fields.get(..offset.checked_sub(2)?)?.join(" ");
+        (!name.is_empty()).then_some(RamBlock {
+            name,
+            used: u64::from_str_radix(used, 16).ok()?,
+        })
+    };
+    text.lines().filter_map(parse).collect()
+}
+
+/// `Host virtual address for 0x0 (pc.ram) is 0x7f11c3e00000`.
+fn parse_host_address(text: &str) -> Option<(String, u64)> {
+    let rest = text.trim().strip_prefix("Host virtual address for ")?;
+    let (name, address) = rest.split_once(" (")?.1.rsplit_once(") is 0x")?;
+    Some((name.to_owned(), u64::from_str_radix(address, 16).ok()?))
+}
+
+fn parse_registers(text: &str) -> Vec<VcpuRegisters> {
+    let mut vcpus: Vec<VcpuRegisters> = Vec::new();
+    for line in text.lines().filter(|line| line.starts_with("CR0=")) {
+        let register = |name: &str| {
+            let value = line.split_ascii_whitespace().find_map(|field| {
+                let value = field.strip_prefix(name)?;
+                u64::from_str_radix(value.strip_prefix('=')?, 16).ok()
+            });
+            value.unwrap_or(0)
+        };
+        vcpus.push(VcpuRegisters {
+            cr0: register("CR0"),
+            cr3: register("CR3"),
+            cr4: register("CR4"),
+        });
+    }
+    vcpus
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::net::UnixListener;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GREETING: &str = r#"{"QMP": {"version": {}, "capabilities": []}}"#;
+    const SHORT: Duration = Duration::from_millis(200);
+
+    /// A QEMU that greets, then answers each command with the next line.
+    fn serve(
+        greeting: &'static str,
+        answers: &'static [&'static str],
+    ) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().expect("a client");
+            let mut lines = BufReader::new(stream.try_clone().expect("a clone")).lines();
+            let _ = stream.write_all(greeting.as_bytes());
+            for answer in answers {
+                let Some(Ok(_)) = lines.next() else { return };
+                let _ = stream.write_all(answer.as_bytes());
+            }
+            let _ = lines.next();
+        });
+        (folder, path)
+    }
+
+    fn ready(answers: &'static [&'static str]) -> (tempfile::TempDir, QmpClient) {
+        let line: &'static str = Box::leak(format!("{GREETING}\r\n").into_boxed_str());
+        let (folder, path) = serve(line, answers);
+        let client = QmpClient::connect(&path, SHORT).expect("a connection");
+        (folder, client)
+    }
+
+    const OK: &str = "{\"return\": {}, \"id\": 1}\r\n";
+
+    #[test]
+    fn events_between_answers_are_kept() {
+        let (_folder, mut client) = ready(&[
+            OK,
+            "{\"event\":\"STOP\"}\n{\"return\": {\"running\": false, \"status\": \"paused\"}, \"id\": 2}\n",
+        ]);
+        let state = client.status().expect("a state");
+        assert!(!state.running);
+        assert_eq!(state.status, "paused");
+        assert_eq!(client.take_events(), ["STOP"]);
+    }
+
+    #[test]
+    fn a_refusal_carries_its_reason() {
+        let (_folder, mut client) = ready(&[
+            OK,
+            "{\"error\":{\"class\":\"GenericError\",\"desc\":\"no\"},\"id\":2}\n",
+            "{\"return\":{},\"id\":3}\n",
+        ]);
+        let error = client.stop().expect_err("refused");
+        assert!(matches!(error, QmpError::Refused { description, .. } if description == "no"));
+        client.resume().expect("the connection still works");
+    }
+
+    #[test]
+    fn a_silent_qemu_is_left_in_time() {
+        let started = Instant::now();
+        let (_folder, path) = serve("", &[]);
+        let error = QmpClient::connect(&path, SHORT).expect_err("no greeting");
+        assert!(matches!(error, QmpError::Busy { .. }), "{error}");
+        let (_folder, mut client) = ready(&[OK, ""]);
+        let error = client.stop().expect_err("no answer");
+        assert!(matches!(error, QmpError::Timeout { .. }), "{error}");
+        let error = client.resume().expect_err("no longer usable");
+        assert!(matches!(error, QmpError::Closed { .. }), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(3));
+    }
+
+    #[test]
+    fn a_socket_that_accepts_nobody_is_busy() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        // As QEMU: no place in the queue but the one being served.
+        rustix::net::listen(&listener, 0).expect("a short queue");
+        let waiting = UnixStream::connect(&path).expect("the first in the queue");
+        let started = Instant::now();
+        let error = QmpClient::connect(&path, Duration::from_secs(60)).expect_err("a full queue");
+        assert!(matches!(error, QmpError::Busy { .. }), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(5), "at once");
+        drop(waiting);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for greeting in ["{}\n", "nonsense\n", "\n", "{\"QMP\":\n", "[]\n"] {
+            let (_folder, path) = serve(greeting, &[]);
+            let error = QmpClient::connect(&path, SHORT).expect_err(greeting);
+            assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
+        }
+        let (_folder, mut client) = ready(&[OK, "{\"return\":{},\"id\":77}\n"]);
+        let error = client.stop().expect_err("a wrong id");
+        assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_closed_connection_and_a_missing_socket() {
+        let (_folder, path) = serve("", &[]);
+        let missing = QmpClient::connect(&path.with_file_name("none"), SHORT);
+        assert!(matches!(missing, Err(QmpError::Connect { .. })));
+        let listener = UnixListener::bind(path.with_file_name("closes")).expect("a socket");
+        std::thread::spawn(move || drop(listener.accept()));
+        let closed = QmpClient::connect(&path.with_file_name("closes"), SHORT);
+        assert!(matches!(closed, Err(QmpError::Closed { .. })), "{closed:?}");
+    }
+
+    #[test]
+    fn texts_of_the_human_monitor() {
+        let blocks = parse_ram_blocks(
+            "              Block Name    PSize              Offset               Used              Total
+                  pc.ram    4 KiB  0x0000000000000000 0x0000000180000000 0x0000000180000000
+    /rom@etc/acpi/tables    4 KiB  0x0000000181100000 0x0000000000020000 0x0000000000200000                HVA  RO
+",
+        );
+        let block = |name: &str, used| RamBlock {
+            name: name.to_owned(),
+            used,
+        };
+        assert_eq!(
+            blocks,
+            [
+                block("pc.ram", 6 << 30),
+                block("/rom@etc/acpi/tables", 0x20000)
+            ]
+        );
+        assert_eq!(
+            parse_host_address("Host virtual address for 0x0 (pc.ram) is 0x7f11c3e00000\r\n"),
+            Some(("pc.ram".to_owned(), 0x7f11_c3e0_0000))
+        );
+        assert_eq!(
+            parse_host_address("No memory is mapped at address 0x140000000"),
+            None
+        );
+        let registers = parse_registers(
+            "\nCPU#0\nRAX=0000000000000000\nCR0=80050033 CR2=00007f CR3=0000000002a0c000 CR4=00001ef0\n",
+        );
+        assert_eq!(
+            registers,
+            [VcpuRegisters {
+                cr0: 0x8005_0033,
+                cr3: 0x2a0_c000,
+                cr4: 0x1ef0
+            }]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_parsed_or_skipped(text in "\\PC{0,200}") {
+            let _ = (parse_ram_blocks(&text), parse_host_address(&text), parse_registers(&text));
+        }
+    }
+}
