@@ -24,5 +24,5 @@ pub use paging::{
     NotPresent, PageSize, PagingMode, Rights, TableLevel, Translation, TranslationError,
 };
 pub use physical::{LayoutError, MemoryRegion, PhysicalMemory, PhysicalReadError, Volatility};
-pub use space::{AddressSpace, ReadError};
+pub use space::{AddressSpace, ReadError, WalkStep};
 pub use volatile::VolatileBytes;

@@ -55,6 +55,19 @@ pub enum TableLevel {
     Pml5 = 5,
 }
 
+impl TableLevel {
+    /// The level that this one's entries lead to, `None` below the page table.
+    pub const fn below(self) -> Option<Self> {
+        match self {
+            Self::Pml5 => Some(Self::Pml4),
+            Self::Pml4 => Some(Self::Pdpt),
+            Self::Pdpt => Some(Self::Pd),
+            Self::Pd => Some(Self::Pt),
+            Self::Pt => None,
+        }
+    }
+}
+
 /// What an entry of one level may be: a row of the format.
 struct Format {
     level: TableLevel,

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::paging::walk;
 use crate::tlb::Tlb;
 use crate::{
-    MappedMemory, PagingMode, PhysicalAddress, PhysicalMemory, PhysicalReadError, Translation,
-    TranslationError, VirtualAddress, Volatility,
+    MappedMemory, PagingMode, PhysicalAddress, PhysicalMemory, PhysicalReadError, TableLevel,
+    Translation, TranslationError, VirtualAddress, Volatility,
 };
 
 /// An address space: physical memory seen through one page-table root.
@@ -45,6 +45,17 @@ pub enum ReadError {
         /// How long it was to be.
         length: u64,
     },
+}
+
+/// One entry that a walk over the page tables read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WalkStep {
+    /// The table that holds the entry.
+    pub level: TableLevel,
+    /// Where the entry lies.
+    pub entry_address: PhysicalAddress,
+    /// The entry as it was read.
+    pub entry: u64,
 }
 
 impl AddressSpace {
@@ -128,6 +139,29 @@ impl AddressSpace {
         walk(self.root, self.mode, address, |entry| {
             self.read_entry(entry)
         })
+    }
+
+    /// As [`translate`](Self::translate), with each entry that was read on the
+    /// way, the top level's first: for people who want to see the walk.
+    pub fn trace(
+        &self,
+        address: VirtualAddress,
+    ) -> (Vec<WalkStep>, Result<Translation, TranslationError>) {
+        let mut steps = Vec::with_capacity(5);
+        let mut level = Some(self.mode.top_level());
+        let outcome = walk(self.root, self.mode, address, |entry_address| {
+            let entry = self.read_entry(entry_address)?;
+            if let Some(now) = level {
+                steps.push(WalkStep {
+                    level: now,
+                    entry_address,
+                    entry,
+                });
+                level = now.below();
+            }
+            Some(entry)
+        });
+        (steps, outcome)
     }
 
     /// The physical address, and the bytes from it to the end of its page.

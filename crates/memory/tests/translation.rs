@@ -167,6 +167,12 @@ proptest! {
             prop_assert_eq!(found.physical.as_u64(), mapping.frame | mapping.offset);
             prop_assert_eq!(found.page_size, mapping.size);
             prop_assert_eq!(found.entry, entry);
+            let (steps, outcome) = space.trace(address);
+            prop_assert_eq!(outcome, Ok(found));
+            prop_assert_eq!(steps.first().map(|step| step.level), Some(mode.top_level()));
+            prop_assert_eq!(steps.last().map(|step| step.entry), Some(entry));
+            let levels = steps.windows(2).all(|pair| pair[0].level.below() == Some(pair[1].level));
+            prop_assert!(levels);
             // Tables made for an earlier mapping may cut rights further.
             let leaf = Rights {
                 writable: entry & 2 != 0,
