@@ -398,6 +398,11 @@ impl Task {
             .all(|member| spans.member(&snapshot, member) == self.bytes(member))
     }
 
+    /// Whether the task is linked into its list and unchanged.
+    pub fn is_current(&self, guest: &Guest, membership: Membership) -> bool {
+        self.is_unchanged(guest) && self.is_linked(guest, membership)
+    }
+
     /// Whether the task is linked into the list now.
     fn is_linked(&self, guest: &Guest, membership: Membership) -> bool {
         let member = match membership {
