@@ -24,7 +24,11 @@ pub use value::{Text, Value};
 
 /// All tables, in the order in which they are documented.
 pub fn tables() -> &'static [&'static dyn Table] {
-    static TABLES: &[&dyn Table] = &[&linux::kmsg::KMSG, &linux::module::MODULES];
+    static TABLES: &[&dyn Table] = &[
+        &linux::processes::PROCESSES,
+        &linux::kmsg::KMSG,
+        &linux::module::MODULES,
+    ];
     TABLES
 }
 

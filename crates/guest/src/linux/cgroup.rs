@@ -159,8 +159,8 @@ impl Cgroups {
             return Vec::new();
         };
         let head = set.wrapping_add(self.set.links.offset);
-        let links = nodes(guest.space(), guest.diagnostics(), head, LIMIT).filter_map(|node| {
-            match node {
+        let links =
+            nodes(guest.space(), guest.diagnostics(), head, LIMIT).filter_map(|node| match node {
                 Ok(node) => Some(node),
                 Err(error) => {
                     guest.diagnostics().record(crate::Diagnostic {
@@ -171,8 +171,7 @@ impl Cgroups {
                     });
                     None
                 }
-            }
-        });
+            });
         let mut paths = Vec::new();
         for node in links {
             let base = node.wrapping_sub(link.node.offset);

@@ -2,20 +2,28 @@
 //! kernels describe them. One file a subject; which members there are is said
 //! by each guest's own types.
 
+pub mod cgroup;
 pub mod clock;
+pub mod command_name;
+pub mod cred;
 pub mod kmsg;
 pub mod list;
 pub mod maple_tree;
 pub mod module;
+pub mod namespace;
 pub mod path;
 pub mod per_cpu;
+pub mod process;
+pub mod processes;
 pub mod rb_tree;
 pub mod snapshot;
 pub mod span;
+pub mod state;
 #[cfg(test)]
 pub mod synthetic;
 pub mod taint;
 pub mod task;
 pub mod tree;
+pub mod tty;
 pub mod user;
 pub mod xarray;

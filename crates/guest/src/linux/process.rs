@@ -4,6 +4,7 @@
 //! Tables about processes share this; the columns that show it are in
 //! [`processes`](super::processes).
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use secmon_memory::{ReadError, VirtualAddress, Volatility};
@@ -12,11 +13,12 @@ use secmon_profile::{Member, TypeError, Types};
 use crate::linux::cgroup::Cgroups;
 use crate::linux::clock::Clock;
 use crate::linux::cred::{Cred, CredModel};
-use crate::linux::path::{PathPointer, Paths};
+use crate::linux::namespace::{Kind, Namespaces};
+use crate::linux::path::{Path, PathPointer, Paths};
 use crate::linux::per_cpu::PerCpu;
 use crate::linux::snapshot::{Snapshot, Spans};
 use crate::linux::task::{self, Membership, Task, TaskError};
-use crate::{Diagnostic, Guest, Layout, Selection, TableError, layout};
+use crate::{Diagnostic, Guest, Layout, Selection, TableError, Value, layout};
 
 /// How often a process that changes while it is read is read again.
 const ATTEMPTS: u32 = 8;
@@ -166,7 +168,7 @@ layout! {
 /// these columns and costs no other.
 pub type Part<T> = Result<T, Arc<str>>;
 
-fn part<T>(found: Result<T, TableError>) -> Part<T> {
+fn part<T, E: std::fmt::Display>(found: Result<T, E>) -> Part<T> {
     found.map_err(|error| error.to_string().into())
 }
 
@@ -188,6 +190,8 @@ pub struct Listing {
     pub cgroups: Part<Cgroups>,
     /// The clock, as it stood when the listing began.
     pub clock: Part<Clock>,
+    /// Namespaces.
+    pub namespaces: Part<Namespaces>,
     cpus: Part<PerCpu>,
     /// The capabilities that the first process started with: all that this
     /// kernel has.
@@ -225,6 +229,7 @@ impl Listing {
             paths: part(Paths::new(guest, table, root)),
             cgroups: part(Cgroups::new(guest, table)),
             clock: part(Clock::read(guest, table)),
+            namespaces: part(Namespaces::new(guest, table)),
             cpus: part(PerCpu::read(guest, table)),
             full_capabilities,
             task,
@@ -288,6 +293,7 @@ pub struct Process {
     signal: Result<Snapshot, ReadError>,
     mm: Option<Result<Mm, ReadError>>,
     membership: Membership,
+    cpu_time: OnceCell<Result<(u64, u64), String>>,
 }
 
 /// All processes that the selection wants.
@@ -349,12 +355,7 @@ impl Process {
         });
     }
 
-    fn gather(
-        guest: &Guest,
-        listing: &Arc<Listing>,
-        task: Task,
-        membership: Membership,
-    ) -> Self {
+    fn gather(guest: &Guest, listing: &Arc<Listing>, task: Task, membership: Membership) -> Self {
         let space = guest.space();
         let signal = listing.signal.spans.read(space, task.signal);
         let pid_number = |kind: u64| {
@@ -390,6 +391,7 @@ impl Process {
             mm,
             task,
             membership,
+            cpu_time: OnceCell::new(),
         }
     }
 
@@ -397,14 +399,11 @@ impl Process {
     ///
     /// # Errors
     /// [`ReadError`] if the signal descriptor could not be read.
-    pub fn signal_number(
-        &self,
-        member: impl FnOnce(&SignalLayout) -> &Member,
-    ) -> Result<u64, ReadError> {
-        let model = &self.listing.signal;
+    pub fn signal_number(&self, member: &Member) -> Result<u64, ReadError> {
+        let spans = &self.listing.signal.spans;
         self.signal
             .as_ref()
-            .map(|signal| model.spans.number(signal, member(&model.layout)))
+            .map(|signal| spans.number(signal, member))
             .map_err(Clone::clone)
     }
 
@@ -440,7 +439,7 @@ impl Process {
     ///
     /// # Errors
     /// A text that says what could not be read.
-    pub fn executable(&self, guest: &Guest) -> Result<Option<Arc<crate::linux::path::Path>>, String> {
+    pub fn executable(&self, guest: &Guest) -> Result<Option<Arc<Path>>, String> {
         let Some(mm) = &self.mm else {
             if let (false, Err(reason)) = (self.task.mm.is_null(), &self.listing.mm) {
                 return Err(reason.to_string());
@@ -459,11 +458,7 @@ impl Process {
         self.if_still(guest, found).map(Some)
     }
 
-    fn path(
-        &self,
-        guest: &Guest,
-        pointer: PathPointer,
-    ) -> Result<Arc<crate::linux::path::Path>, String> {
+    fn path(&self, guest: &Guest, pointer: PathPointer) -> Result<Arc<Path>, String> {
         let paths = self.listing.paths.as_ref().map_err(ToString::to_string)?;
         paths
             .resolve(guest, pointer)
@@ -474,7 +469,7 @@ impl Process {
         &self,
         guest: &Guest,
         member: fn(&FsLayout) -> &Member,
-    ) -> Result<Option<Arc<crate::linux::path::Path>>, String> {
+    ) -> Result<Option<Arc<Path>>, String> {
         if self.task.fs.is_null() {
             return Ok(None);
         }
@@ -490,10 +485,7 @@ impl Process {
     ///
     /// # Errors
     /// A text that says what could not be read.
-    pub fn working_directory(
-        &self,
-        guest: &Guest,
-    ) -> Result<Option<Arc<crate::linux::path::Path>>, String> {
+    pub fn working_directory(&self, guest: &Guest) -> Result<Option<Arc<Path>>, String> {
         self.directory(guest, |layout| &layout.working_directory)
     }
 
@@ -501,7 +493,7 @@ impl Process {
     ///
     /// # Errors
     /// A text that says what could not be read.
-    pub fn root(&self, guest: &Guest) -> Result<Option<Arc<crate::linux::path::Path>>, String> {
+    pub fn root(&self, guest: &Guest) -> Result<Option<Arc<Path>>, String> {
         self.directory(guest, |layout| &layout.root)
     }
 
@@ -602,29 +594,66 @@ impl Process {
         self.if_still(guest, Err(found))
     }
 
+    /// The number of the namespace of that kind in which the process is; null
+    /// if it has left it.
+    pub fn namespace(&self, guest: &Guest, kind: Kind) -> Value {
+        let namespaces = match &self.listing.namespaces {
+            Ok(namespaces) => namespaces,
+            Err(reason) => return Value::unreadable(reason),
+        };
+        let found = namespaces.of(guest, self, kind).and_then(|namespace| {
+            namespace
+                .map(|namespace| namespaces.inode(guest, kind, namespace))
+                .transpose()
+        });
+        Value::from_read(found, Value::from)
+    }
+
     /// The CPU time of all threads, living and ended, as `/proc/PID/stat`
-    /// gives it: (user, system), nanoseconds. `threads` are the living ones.
+    /// gives it: (user, system), nanoseconds.
     ///
     /// # Errors
-    /// [`ReadError`] if the signal descriptor could not be read.
-    pub fn cpu_time(&self, threads: impl Iterator<Item = Task>) -> Result<(u64, u64), ReadError> {
+    /// A text that says what could not be read.
+    pub fn total_cpu_time(&self, guest: &Guest) -> Result<(u64, u64), String> {
+        let count = || -> Result<(u64, u64), String> {
+            let threads = self
+                .signal_number(&self.signal_layout().threads)
+                .map_err(|error| error.to_string())?;
+            let time = if threads == 1 {
+                self.cpu_time(std::iter::once(&self.task))
+            } else {
+                let threads: Vec<Task> = task::threads(guest, self.listing.table, &self.task)
+                    .map_err(|error| error.to_string())?
+                    .collect();
+                self.cpu_time(threads.iter())
+            };
+            time.map_err(|error| error.to_string())
+        };
+        self.cpu_time.get_or_init(count).clone()
+    }
+
+    fn cpu_time<'t>(
+        &self,
+        threads: impl Iterator<Item = &'t Task>,
+    ) -> Result<(u64, u64), ReadError> {
         let layout = &self.listing.task.layout;
-        let signal = |member: fn(&SignalLayout) -> &Member| self.signal_number(member);
+        let signal = self.signal_layout();
         let mut time = CpuTime {
-            user: signal(|layout| &layout.utime)?,
-            system: signal(|layout| &layout.stime)?,
-            run: signal(|layout| &layout.sum_sched_runtime)?,
+            user: self.signal_number(&signal.utime)?,
+            system: self.signal_number(&signal.stime)?,
+            run: self.signal_number(&signal.sum_sched_runtime)?,
         };
         for thread in threads {
             time.user = time.user.wrapping_add(thread.number(&layout.utime));
             time.system = time.system.wrapping_add(thread.number(&layout.stime));
-            time.run = time.run.wrapping_add(thread.number(&layout.sum_exec_runtime));
+            time.run = time
+                .run
+                .wrapping_add(thread.number(&layout.sum_exec_runtime));
         }
-        let layout = self.signal_layout();
-        match (&layout.previous_utime, &layout.previous_stime) {
+        match (&signal.previous_utime, &signal.previous_stime) {
             (Some(user), Some(system)) => {
-                let user = self.signal_number(|_| user)?;
-                let system = self.signal_number(|_| system)?;
+                let user = self.signal_number(user)?;
+                let system = self.signal_number(system)?;
                 Ok(time.adjusted(user, system))
             }
             _ => Ok((time.user, time.system)),
