@@ -18,6 +18,7 @@ use crate::linux::path::{Path, PathPointer, Paths};
 use crate::linux::per_cpu::PerCpu;
 use crate::linux::snapshot::{Snapshot, Spans};
 use crate::linux::task::{self, Membership, Task, TaskError};
+use crate::linux::user;
 use crate::{Diagnostic, Guest, Layout, Selection, TableError, Value, layout};
 
 /// How often a process that changes while it is read is read again.
@@ -495,6 +496,18 @@ impl Process {
     /// A text that says what could not be read.
     pub fn root(&self, guest: &Guest) -> Result<Option<Arc<Path>>, String> {
         self.directory(guest, |layout| &layout.root)
+    }
+
+    /// The command line, as it stands in the process's own memory.
+    pub fn arguments(&self, guest: &Guest) -> Value {
+        if self.task.mm.is_null() || self.task.is_kernel_thread() {
+            return Value::List(Vec::new());
+        }
+        let found = user::arguments(guest, self.task.mm);
+        match self.if_still(guest, Ok(found)) {
+            Ok(found) => found,
+            Err(reason) => Value::unreadable(reason),
+        }
     }
 
     /// How much memory the process has; none if it has none of its own.

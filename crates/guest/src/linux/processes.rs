@@ -134,6 +134,15 @@ pub static PROCESSES: TableOf<Process> = TableOf {
                 })
             },
         ),
+        Column {
+            name: "cmdline",
+            kind: Kind::List,
+            cost: Cost::UserPages,
+            shown: Shown::Always,
+            meaning: "Command line, one text an argument, as /proc/PID/cmdline; empty for a \
+                      kernel thread or zombie.",
+            value: |guest, process| process.arguments(guest),
+        },
         column(
             "cwd",
             Kind::Text,
