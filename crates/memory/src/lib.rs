@@ -9,6 +9,7 @@
 //! This crate knows nothing of guests, hypervisors or file formats.
 
 mod address;
+mod cache;
 mod heap;
 mod mapped;
 mod paging;
@@ -18,6 +19,7 @@ mod tlb;
 mod volatile;
 
 pub use address::{PAGE_SIZE, PhysicalAddress, VirtualAddress};
+pub use cache::{CachedMemory, Freshness};
 pub use heap::HeapMemory;
 pub use mapped::{MapError, MappedMemory};
 pub use paging::{
