@@ -229,7 +229,10 @@ impl AddressSpace {
             let count = rest.len().min(left as usize);
             let (now, later) = rest.split_at_mut(count);
             let outcome = match &self.mapped {
-                Some(mapped) => mapped.read(physical, now),
+                // The mapping knows no reasons; the memory around it may.
+                Some(mapped) => mapped
+                    .read(physical, now)
+                    .or_else(|_| self.memory.read(physical, now)),
                 None => self.memory.read(physical, now),
             };
             outcome.map_err(|source| ReadError::Physical {

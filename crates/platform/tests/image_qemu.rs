@@ -4,6 +4,8 @@
 mod firmware_guest;
 
 use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -99,6 +101,91 @@ fn kdump_equals_ram_flattened_or_not() {
     }
 }
 
+/// AVML's own way to write: 16 MiB at a time, none that holds only zeros.
+fn write_avml(guest: &FirmwareGuest, path: &Path) {
+    const BLOCK: u64 = 16 * MIB;
+    let mut file = File::create(path).expect("the image");
+    for (region, offset) in guest.layout.entries() {
+        for start in (0..region.length).step_by(BLOCK as usize) {
+            let mut block = vec![0; BLOCK.min(region.length - start) as usize];
+            guest
+                .ram
+                .read_exact_at(&mut block, offset + start)
+                .expect("the RAM");
+            if block.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let mut encoder = snap::write::FrameEncoder::new(Vec::new());
+            encoder.write_all(&block).expect("into memory");
+            let stream = encoder.into_inner().expect("into memory");
+            let first = region.start.as_u64() + start;
+            let last = first + block.len() as u64 - 1;
+            file.write_all(b"AVML\x02\0\0\0").expect("the image");
+            for field in [first, last, 0] {
+                file.write_all(&field.to_le_bytes()).expect("the image");
+            }
+            file.write_all(&stream).expect("the image");
+            file.write_all(&(stream.len() as u64).to_le_bytes())
+                .expect("the image");
+        }
+    }
+}
+
+#[test]
+fn avml_equals_ram() {
+    let guest = FirmwareGuest::start(Machine::Q35, 3 << 30, 1);
+    let path = guest.directory.path().join("avml");
+    write_avml(&guest, &path);
+    let image = open(&path);
+    assert_eq!(image.format, ImageFormat::Avml);
+    assert_eq!(image.notes, []);
+    let equal = guest.compare(image.memory.as_ref(), |address, _| {
+        // What AVML left out held only zeros.
+        let entries = guest.layout.entries().iter();
+        let (region, offset) = entries
+            .rev()
+            .find(|(region, _)| region.start.as_u64() <= address)
+            .expect("in RAM");
+        let mut page = vec![1; PAGE];
+        guest
+            .ram
+            .read_exact_at(&mut page, offset + address - region.start.as_u64())
+            .expect("the RAM");
+        page.iter().all(|byte| *byte == 0)
+    });
+    assert!(equal > 0 && equal < (3 << 30) / PAGE as u64);
+    // Between two blocks it is said why.
+    let gap = image
+        .memory
+        .read(PhysicalAddress::new(32 * MIB), &mut [0; 8]);
+    assert!(
+        matches!(gap, Err(PhysicalReadError::Excluded { .. })),
+        "{gap:?}"
+    );
+
+    // A damaged chunk is told by its checksum, and no other suffers.
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .expect("the image");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 32 + 10 + 8 + 5000)
+        .expect("the image");
+    file.write_all_at(&[!byte[0]], 32 + 10 + 8 + 5000)
+        .expect("the image");
+    let image = open(&path);
+    let damaged = image.memory.read(PhysicalAddress::new(0), &mut [0; 8]);
+    assert!(
+        matches!(damaged, Err(PhysicalReadError::Corrupt { .. })),
+        "{damaged:?}"
+    );
+    image
+        .memory
+        .read(PhysicalAddress::new(0x1_0000), &mut [0; 8])
+        .expect("the next chunk is whole");
+}
+
 #[test]
 fn threads_read_a_compressed_image_together() {
     let mut guest = FirmwareGuest::start(Machine::Q35, 64 * MIB, 1);
@@ -180,7 +267,9 @@ fn a_cut_dump_says_what_is_missing_and_reads_the_rest() {
     let mut guest = FirmwareGuest::start(Machine::Q35, 16 * MIB, 1);
     let core = guest.dump("core", false, "");
     let kdump = guest.dump("kdump", false, ",\"format\":\"kdump-zlib\"");
-    for path in [core, kdump] {
+    let avml = guest.directory.path().join("avml");
+    write_avml(&guest, &avml);
+    for path in [core, kdump, avml] {
         let file = OpenOptions::new()
             .write(true)
             .open(&path)

@@ -9,6 +9,7 @@
 //! it comes as [`ImageHints`], unjudged: whoever wrote the guest's memory may
 //! have written them.
 
+mod avml;
 mod bytes;
 mod decompress;
 mod elf;
@@ -46,6 +47,8 @@ pub enum ImageFormat {
     Kdump,
     /// LiME, version 1.
     Lime,
+    /// AVML, version 2 (compressed); without compression it writes LiME.
+    Avml,
 }
 
 impl fmt::Display for ImageFormat {
@@ -55,6 +58,7 @@ impl fmt::Display for ImageFormat {
             Self::ElfCore => "ELF core",
             Self::Kdump => "kdump",
             Self::Lime => "LiME",
+            Self::Avml => "AVML",
         })
     }
 }
@@ -208,6 +212,7 @@ fn open_bytes(
         ImageFormat::ElfCore => elf::open(file, options, notes),
         ImageFormat::Kdump => kdump::open(file, options, notes),
         ImageFormat::Lime => lime::open(file, options, notes),
+        ImageFormat::Avml => avml::open(file, options, notes),
     }
 }
 
@@ -225,10 +230,11 @@ const FIRST_BYTES: usize = 16;
 /// # Errors
 /// [`ImageError::Unsupported`] for known formats that are not read.
 fn recognise(first: &[u8]) -> Result<Option<ImageFormat>, ImageError> {
-    const READ: [(&[u8], ImageFormat); 3] = [
+    const READ: [(&[u8], ImageFormat); 4] = [
         (b"\x7fELF", ImageFormat::ElfCore),
         (kdump::SIGNATURE, ImageFormat::Kdump),
         (b"EMiL\x01\0\0\0", ImageFormat::Lime),
+        (b"AVML\x02\0\0\0", ImageFormat::Avml),
     ];
     const WINDOWS: &str = "write the memory as ELF core, raw or LiME for now";
     const COMPRESSED: &str = "decompress it first";
