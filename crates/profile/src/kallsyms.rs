@@ -8,7 +8,7 @@
 //! whole is the symbol's kind. Addresses are encoded in one of four ways, see
 //! [`Offsets`].
 //!
-//! Where the tables lie is [`locate`](crate::locate)'s business.
+//! Where the tables lie is `locate.rs`'s business.
 
 use std::ops::Range;
 
@@ -59,14 +59,6 @@ pub enum KallsymsError {
     /// The names unpack to more text than any kernel's.
     #[error("the names unpack to more than {MAXIMUM_TEXT} bytes")]
     TooLong,
-    /// Fewer addresses than symbols.
-    #[error("{addresses} addresses for {count} symbols")]
-    Addresses {
-        /// The addresses there are.
-        addresses: usize,
-        /// The symbols there are.
-        count: usize,
-    },
 }
 
 /// How the address of a symbol is encoded.
@@ -110,6 +102,11 @@ impl Offsets {
             | Self::AbsolutePerCpu { offsets, .. }
             | Self::PlaceRelative { offsets, .. } => offsets.len(),
         }
+    }
+
+    /// Whether addresses never go down from one symbol to the next.
+    pub(crate) fn are_sorted(&self) -> bool {
+        (1..self.len()).all(|number| self.get(number - 1) <= self.get(number))
     }
 
     /// The address of symbol `number`.
@@ -184,107 +181,93 @@ impl Tokens {
     }
 }
 
-/// A symbol table whose names have been walked once.
+/// The names of a symbol table, walked once.
 #[derive(Debug)]
-pub(crate) struct Tables {
-    names: Vec<u8>,
+pub(crate) struct Names {
+    bytes: Vec<u8>,
     /// Where the name of each 256th symbol starts.
     markers: Vec<u32>,
     tokens: Tokens,
-    offsets: Offsets,
+    count: usize,
 }
 
-impl Tables {
-    /// Checks names against markers and addresses.
+impl Names {
+    /// Checks `count` names against their markers.
     pub(crate) fn parse(
-        names: Vec<u8>,
+        mut bytes: Vec<u8>,
+        count: usize,
         markers: Vec<u32>,
         tokens: Tokens,
-        offsets: Offsets,
     ) -> Result<Self, KallsymsError> {
-        let count = offsets.len();
         if count > MAXIMUM_SYMBOLS {
             return Err(KallsymsError::TooMany { count });
         }
-        let end = walk_names(&names, count, &markers)?;
-        let mut names = names;
-        names.truncate(end);
-        let tables = Self {
-            names,
+        bytes.truncate(walk_names(&bytes, count, &markers)?);
+        let names = Self {
+            bytes,
             markers,
             tokens,
-            offsets,
+            count,
         };
-        // A bound on what unpacking costs: no name is longer than 512 bytes,
-        // and few may be.
-        let longest = tables
+        // A bound on what unpacking costs: most tables can't exceed it.
+        let longest = names
             .tokens
             .places
             .iter()
             .map(|(start, end)| end - start)
             .max();
-        let worst = tables
-            .names
+        let worst = names
+            .bytes
             .len()
             .saturating_mul(longest.unwrap_or(0).into());
-        if worst > MAXIMUM_TEXT && tables.text_length() > MAXIMUM_TEXT {
+        if worst > MAXIMUM_TEXT && names.text_length() > MAXIMUM_TEXT {
             return Err(KallsymsError::TooLong);
         }
-        Ok(tables)
+        Ok(names)
     }
 
-    /// Tables of symbols from elsewhere, uncompressed.
+    /// Names from elsewhere, uncompressed, each with its kind.
     pub(crate) fn from_list<'a>(
-        list: impl IntoIterator<Item = (&'a str, u64, char)>,
+        list: impl IntoIterator<Item = (&'a str, char)>,
     ) -> Result<Self, KallsymsError> {
-        let mut names = Vec::new();
+        let mut bytes = Vec::new();
         let mut markers = Vec::new();
-        let mut addresses = Vec::new();
-        for (number, (name, address, kind)) in list.into_iter().enumerate() {
-            if number % MARKER_DISTANCE == 0 {
-                markers.push(names.len() as u32);
+        let mut count = 0;
+        for (name, kind) in list {
+            if count % MARKER_DISTANCE == 0 {
+                markers.push(bytes.len() as u32);
             }
-            if number >= MAXIMUM_SYMBOLS || names.len() > MAXIMUM_TEXT {
-                return Err(KallsymsError::TooMany { count: number });
+            if count >= MAXIMUM_SYMBOLS || bytes.len() > MAXIMUM_TEXT {
+                return Err(KallsymsError::TooMany { count });
             }
+            count += 1;
             let name = &name.as_bytes()[..name.len().min(MAXIMUM_NAME - 1)];
             let length = name.len() + 1;
             match length {
-                0..0x80 => names.push(length as u8),
-                _ => names.extend_from_slice(&[length as u8 & 0x7f | 0x80, (length >> 7) as u8]),
+                0..0x80 => bytes.push(length as u8),
+                _ => bytes.extend_from_slice(&[length as u8 & 0x7f | 0x80, (length >> 7) as u8]),
             }
-            names.push(u8::try_from(kind).unwrap_or(b'?'));
-            names.extend_from_slice(name);
-            addresses.push(address);
+            bytes.push(u8::try_from(kind).unwrap_or(b'?'));
+            bytes.extend_from_slice(name);
         }
-        Self::parse(
-            names,
-            markers,
-            Tokens::identity(),
-            Offsets::Absolute(addresses),
-        )
+        Self::parse(bytes, count, markers, Tokens::identity())
     }
 
-    /// How many symbols there are.
+    /// How many names there are.
     pub(crate) fn len(&self) -> usize {
-        self.offsets.len()
-    }
-
-    /// The addresses.
-    pub(crate) fn offsets(&self) -> &Offsets {
-        &self.offsets
+        self.count
     }
 
     /// Unpacks the name of symbol `number` into `name` and gives its kind.
-    pub(crate) fn name(&self, number: usize, name: &mut Vec<u8>) -> Option<u8> {
-        if number >= self.len() {
+    pub(crate) fn get(&self, number: usize, name: &mut Vec<u8>) -> Option<u8> {
+        if number >= self.count {
             return None;
         }
         let mut offset = *self.markers.get(number / MARKER_DISTANCE)? as usize;
         for _ in 0..number % MARKER_DISTANCE {
-            offset = name_tokens(&self.names, offset)?.end;
+            offset = name_tokens(&self.bytes, offset)?.end;
         }
-        let tokens = self.names.get(name_tokens(&self.names, offset)?)?;
+        let tokens = self.bytes.get(name_tokens(&self.bytes, offset)?)?;
         Some(self.unpack(tokens, name))
     }
 
@@ -292,12 +275,12 @@ impl Tables {
     pub(crate) fn for_each(&self, mut each: impl FnMut(u8, &[u8])) {
         let mut offset = 0;
         let mut name = Vec::with_capacity(MAXIMUM_NAME);
-        for _ in 0..self.len() {
-            let Some(place) = name_tokens(&self.names, offset) else {
+        for _ in 0..self.count {
+            let Some(place) = name_tokens(&self.bytes, offset) else {
                 return;
             };
             offset = place.end;
-            let kind = self.unpack(&self.names[place], &mut name);
+            let kind = self.unpack(&self.bytes[place], &mut name);
             each(kind, &name);
         }
     }
@@ -396,8 +379,7 @@ mod tests {
     #[test]
     fn unpacks_names() {
         let names = vec![3, 0, 1, 4, 2, 2, 3, 0x81, 0x00, 5];
-        let offsets = Offsets::Absolute(vec![1, 2, 3]);
-        let tables = Tables::parse(names, vec![0], tokens(), offsets).expect("well formed");
+        let tables = Names::parse(names, 3, vec![0], tokens()).expect("well formed");
         let mut all = Vec::new();
         tables.for_each(|kind, name| {
             all.push((kind, String::from_utf8_lossy(name).into_owned()));
@@ -405,9 +387,9 @@ mod tests {
         let expected = [(b'T', "do_w"), (b't', "ext"), (b'o', "rk")];
         assert_eq!(all, expected.map(|(kind, name)| (kind, name.to_owned())));
         let mut name = Vec::new();
-        assert_eq!(tables.name(1, &mut name), Some(b't'));
+        assert_eq!(tables.get(1, &mut name), Some(b't'));
         assert_eq!(name, b"ext");
-        assert_eq!(tables.name(3, &mut name), None);
+        assert_eq!(tables.get(3, &mut name), None);
     }
 
     #[test]
@@ -437,8 +419,7 @@ mod tests {
     #[test]
     fn refuses_what_contradicts_itself() {
         let parse = |names: &[u8], markers: &[u32], count| {
-            let offsets = Offsets::Absolute(vec![0; count]);
-            Tables::parse(names.to_vec(), markers.to_vec(), tokens(), offsets).map(|_| ())
+            Names::parse(names.to_vec(), count, markers.to_vec(), tokens()).map(|_| ())
         };
         assert_eq!(parse(&[1, 2], &[0], 1), Ok(()));
         assert!(matches!(
@@ -466,9 +447,9 @@ mod tests {
     #[test]
     fn lists_keep_long_names() {
         let long = "x".repeat(400);
-        let tables = Tables::from_list([("a", 1, 'T'), (&long, 2, 'd')]).expect("a short list");
+        let tables = Names::from_list([("a", 'T'), (&long, 'd')]).expect("a short list");
         let mut name = Vec::new();
-        assert_eq!(tables.name(1, &mut name), Some(b'd'));
+        assert_eq!(tables.get(1, &mut name), Some(b'd'));
         assert_eq!(name, long.as_bytes());
     }
 
@@ -486,8 +467,7 @@ mod tests {
             if let Some(first) = markers.first_mut() {
                 *first = 0;
             }
-            let offsets = Offsets::Absolute(vec![0; count]);
-            if let Ok(tables) = Tables::parse(names, markers, tokens, offsets) {
+            if let Ok(tables) = Names::parse(names, count, markers, tokens) {
                 let mut seen = 0;
                 tables.for_each(|_, _| seen += 1);
                 prop_assert_eq!(seen, count);

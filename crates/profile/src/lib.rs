@@ -2,16 +2,26 @@
 //! there.
 #![forbid(unsafe_code)]
 
+mod attempt;
+mod find;
+mod image;
+mod isf;
 mod kallsyms;
 mod kernel;
+mod locate;
+mod notes;
 mod profile;
 mod symbols;
+mod tables;
 mod types;
 
+pub use find::{Cache, FindError, FindOptions, Search, find};
+pub use isf::{Isf, IsfError};
 pub use kallsyms::KallsymsError;
 pub use kernel::{
     Conflict, Evidence, Kernel, KernelImage, ProfileFrom, Subject, TablesFrom, VmcoreInfo,
 };
+pub use notes::build_ids;
 pub use profile::{BuildId, Profile, ProfileError};
 pub use symbols::{SymbolRef, Symbols};
 pub use types::{

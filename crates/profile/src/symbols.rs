@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use secmon_memory::VirtualAddress;
 
-use crate::kallsyms::{KallsymsError, Offsets, Tables};
+use crate::kallsyms::{KallsymsError, Names, Offsets};
 
 /// One symbol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,8 @@ pub struct SymbolRef<'a> {
 /// The symbols of one kernel build or module.
 #[derive(Debug)]
 pub struct Symbols {
-    tables: Tables,
+    names: Names,
+    offsets: Offsets,
     /// Open addressing by name: symbol numbers plus one, 0 where empty. The
     /// length is a power of two, at least a third of it empty.
     slots: Vec<u32>,
@@ -45,25 +46,25 @@ struct Unpacked {
 }
 
 impl Symbols {
-    /// Indexes the names of `tables`.
-    pub(crate) fn new(tables: Tables) -> Self {
-        let slots = index(&tables);
-        Self::with_index(tables, slots)
+    /// The symbols of these names and addresses, as many of each.
+    pub(crate) fn new(names: Names, offsets: Offsets) -> Self {
+        let slots = index(&names);
+        Self::with_index(names, offsets, slots)
     }
 
-    /// Takes an index made by [`new`](Self::new) before and kept in a cache.
-    /// One that does not fit makes lookups fail, nothing worse; the cache
-    /// guards against that.
-    pub(crate) fn with_index(tables: Tables, slots: Vec<u32>) -> Self {
-        let sorted = (1..tables.len())
-            .all(|number| tables.offsets().get(number - 1) <= tables.offsets().get(number));
-        let by_address = (!sorted).then(|| {
-            let mut numbers: Vec<u32> = (0..tables.len() as u32).collect();
-            numbers.sort_by_key(|number| tables.offsets().get(*number as usize));
+    /// Takes an index made by [`index`] before, maybe kept in a cache. One
+    /// that does not fit makes lookups fail, nothing worse; the cache guards
+    /// against that.
+    pub(crate) fn with_index(names: Names, offsets: Offsets, slots: Vec<u32>) -> Self {
+        debug_assert_eq!(names.len(), offsets.len());
+        let by_address = (!offsets.are_sorted()).then(|| {
+            let mut numbers: Vec<u32> = (0..names.len() as u32).collect();
+            numbers.sort_by_key(|number| offsets.get(*number as usize));
             numbers
         });
         Self {
-            tables,
+            names,
+            offsets,
             slots,
             by_address,
             unpacked: OnceLock::new(),
@@ -71,15 +72,18 @@ impl Symbols {
     }
 
     /// Symbols from a list, for sources other than the kernel's own tables.
-    pub(crate) fn from_list<'a>(
-        list: impl IntoIterator<Item = (&'a str, u64, char)>,
-    ) -> Result<Self, KallsymsError> {
-        Ok(Self::new(Tables::from_list(list)?))
+    pub(crate) fn from_list(list: &[(String, u64, char)]) -> Result<Self, KallsymsError> {
+        let names = list.iter().map(|(name, _, kind)| (name.as_str(), *kind));
+        let addresses = list.iter().map(|(_, address, _)| *address).collect();
+        Ok(Self::new(
+            Names::from_list(names)?,
+            Offsets::Absolute(addresses),
+        ))
     }
 
     /// How many symbols there are.
     pub fn len(&self) -> usize {
-        self.tables.len()
+        self.names.len()
     }
 
     /// Whether there are none.
@@ -95,21 +99,10 @@ impl Symbols {
     /// The addresses of all symbols of that name, lowest first: names of
     /// `static` functions and variables repeat.
     pub fn addresses(&self, name: &str) -> impl Iterator<Item = VirtualAddress> {
-        let mut slot = hash(name.as_bytes()) as usize;
-        let mut found = Vec::new();
-        let mut unpacked = Vec::new();
-        for _ in 0..self.slots.len() {
-            slot &= self.slots.len() - 1;
-            let Some(number) = self.slots[slot].checked_sub(1) else {
-                break;
-            };
-            if self.tables.name(number as usize, &mut unpacked).is_some()
-                && unpacked == name.as_bytes()
-            {
-                found.extend(self.tables.offsets().get(number as usize));
-            }
-            slot += 1;
-        }
+        let mut found: Vec<u64> = numbers_of(&self.names, &self.slots, name)
+            .into_iter()
+            .filter_map(|number| self.offsets.get(number))
+            .collect();
         found.sort_unstable();
         found.into_iter().map(VirtualAddress::new)
     }
@@ -122,7 +115,7 @@ impl Symbols {
                 Some(order) => *order.get(position)? as usize,
                 None => position,
             };
-            self.tables.offsets().get(number)
+            self.offsets.get(number)
         };
         let (mut low, mut high) = (0, self.len());
         while low < high {
@@ -151,7 +144,7 @@ impl Symbols {
     }
 
     fn symbol(&self, number: usize) -> Option<SymbolRef<'_>> {
-        let unpacked = self.unpacked.get_or_init(|| Unpacked::new(&self.tables));
+        let unpacked = self.unpacked.get_or_init(|| Unpacked::new(&self.names));
         let (end, kind) = *unpacked.ends.get(number)?;
         let start = match number.checked_sub(1) {
             Some(before) => unpacked.ends.get(before)?.0,
@@ -159,7 +152,7 @@ impl Symbols {
         };
         Some(SymbolRef {
             name: unpacked.text.get(start as usize..end as usize)?,
-            address: VirtualAddress::new(self.tables.offsets().get(number)?),
+            address: VirtualAddress::new(self.offsets.get(number)?),
             kind,
         })
     }
@@ -168,18 +161,13 @@ impl Symbols {
     pub(crate) fn index(&self) -> &[u32] {
         &self.slots
     }
-
-    /// How the addresses are encoded.
-    pub(crate) fn offsets(&self) -> &Offsets {
-        self.tables.offsets()
-    }
 }
 
 impl Unpacked {
-    fn new(tables: &Tables) -> Self {
-        let mut text = String::with_capacity(tables.len() * 24);
-        let mut ends = Vec::with_capacity(tables.len());
-        tables.for_each(|kind, name| {
+    fn new(names: &Names) -> Self {
+        let mut text = String::with_capacity(names.len() * 24);
+        let mut ends = Vec::with_capacity(names.len());
+        names.for_each(|kind, name| {
             match str::from_utf8(name) {
                 Ok(name) => text.push_str(name),
                 Err(_) => text.push_str(&String::from_utf8_lossy(name)),
@@ -195,11 +183,12 @@ pub(crate) fn index_length(symbols: usize) -> usize {
     (symbols + symbols / 2 + 1).next_power_of_two()
 }
 
-fn index(tables: &Tables) -> Vec<u32> {
-    let mut slots = vec![0_u32; index_length(tables.len())];
+/// The hash table of all names: see [`Symbols`].
+pub(crate) fn index(names: &Names) -> Vec<u32> {
+    let mut slots = vec![0_u32; index_length(names.len())];
     let mask = slots.len() - 1;
     let mut number = 0;
-    tables.for_each(|_, name| {
+    names.for_each(|_, name| {
         let mut slot = hash(name) as usize & mask;
         while slots[slot] != 0 {
             slot = (slot + 1) & mask;
@@ -208,6 +197,24 @@ fn index(tables: &Tables) -> Vec<u32> {
         slots[slot] = number;
     });
     slots
+}
+
+/// The numbers of all symbols of that name.
+pub(crate) fn numbers_of(names: &Names, slots: &[u32], name: &str) -> Vec<usize> {
+    let mut slot = hash(name.as_bytes()) as usize;
+    let mut found = Vec::new();
+    let mut unpacked = Vec::new();
+    for _ in 0..slots.len() {
+        slot &= slots.len() - 1;
+        let Some(number) = slots[slot].checked_sub(1) else {
+            break;
+        };
+        if names.get(number as usize, &mut unpacked).is_some() && unpacked == name.as_bytes() {
+            found.push(number as usize);
+        }
+        slot += 1;
+    }
+    found
 }
 
 /// FNV-1a. A guest can choose names of equal hashes; their number is bounded
@@ -224,16 +231,18 @@ fn hash(bytes: &[u8]) -> u64 {
 mod tests {
     use super::*;
 
+    const SAMPLE: [(&str, u64, char); 6] = [
+        ("cpu_number", 0x1000, 'A'),
+        ("_text", 0xffff_ffff_8100_0000, 'T'),
+        ("_stext", 0xffff_ffff_8100_0000, 'T'),
+        ("twice", 0xffff_ffff_8100_0040, 't'),
+        ("banner", 0xffff_ffff_8200_0000, 'D'),
+        ("twice", 0xffff_ffff_8100_0080, 't'),
+    ];
+
     fn sample() -> Symbols {
-        Symbols::from_list([
-            ("cpu_number", 0x1000, 'A'),
-            ("_text", 0xffff_ffff_8100_0000, 'T'),
-            ("_stext", 0xffff_ffff_8100_0000, 'T'),
-            ("twice", 0xffff_ffff_8100_0040, 't'),
-            ("banner", 0xffff_ffff_8200_0000, 'D'),
-            ("twice", 0xffff_ffff_8100_0080, 't'),
-        ])
-        .expect("a short list")
+        let list = SAMPLE.map(|(name, address, kind)| (name.to_owned(), address, kind));
+        Symbols::from_list(&list).expect("a short list")
     }
 
     #[test]
@@ -267,11 +276,10 @@ mod tests {
 
     #[test]
     fn an_index_that_does_not_fit_finds_nothing() {
-        let good = sample();
         for slots in [vec![], vec![7; 16], vec![u32::MAX; 4]] {
-            let tables =
-                Tables::from_list(good.iter().map(|s| (s.name, s.address.as_u64(), s.kind)));
-            let symbols = Symbols::with_index(tables.expect("a short list"), slots);
+            let names = Names::from_list(SAMPLE.iter().map(|(name, _, kind)| (*name, *kind)));
+            let offsets = Offsets::Absolute(SAMPLE.map(|(_, address, _)| address).to_vec());
+            let symbols = Symbols::with_index(names.expect("a short list"), offsets, slots);
             assert_eq!(symbols.address("banner"), None);
         }
     }

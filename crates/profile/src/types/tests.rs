@@ -317,7 +317,7 @@ proptest! {
         with_header in any::<bool>(),
     ) {
         let mut bytes = bytes;
-        if with_header && bytes.len() >= 24 {
+        if with_header && bytes.len() > 24 {
             let rest = bytes.len() as u32 - 24;
             let types = rest / 2;
             bytes[..4].copy_from_slice(&[0x9f, 0xeb, 1, 0]);
@@ -325,7 +325,7 @@ proptest! {
                 bytes[4 + index * 4..8 + index * 4].copy_from_slice(&u32::to_le_bytes(*word));
             }
             bytes[24 + types as usize] = 0;
-            *bytes.last_mut().expect("at least 24 bytes") = 0;
+            *bytes.last_mut().expect("more than 24 bytes") = 0;
         }
         exercise(bytes);
     }

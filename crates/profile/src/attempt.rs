@@ -1,0 +1,517 @@
+//! What one set of page tables leads to: the image, its symbols, its types,
+//! and whether they agree.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use secmon_memory::{AddressSpace, PagingMode, PhysicalAddress, PhysicalMemory, VirtualAddress};
+
+use crate::image::Image;
+use crate::locate::{self, BANNER_START, DIGITS, Location};
+use crate::notes::{MAXIMUM_VMCOREINFO, build_ids};
+use crate::tables::{self, Candidate, START_KERNEL_MAP};
+use crate::types::{HEADER_LENGTH, Header};
+use crate::{
+    BtfError, BuildId, Conflict, Evidence, FindError, FindOptions, Isf, Kernel, KernelImage,
+    MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, Subject, Symbols, Types, VmcoreInfo,
+};
+
+/// The start of a BTF blob of a kernel, its header's length included.
+pub(crate) const BTF_START: &[u8] = &[0x9f, 0xeb, 1, 0, HEADER_LENGTH as u8, 0, 0, 0];
+/// More than any banner.
+pub(crate) const MAXIMUM_BANNER: usize = 512;
+/// More than the notes of any kernel.
+const MAXIMUM_NOTES: u64 = 64 << 10;
+/// Where the direct map, vmalloc memory and the array of `struct page` lie
+/// without KASLR (`Documentation/arch/x86/x86_64/mm.rst`).
+const FOUR_LEVEL_LAYOUT: [u64; 3] = [
+    0xffff_8880_0000_0000,
+    0xffff_c900_0000_0000,
+    0xffff_ea00_0000_0000,
+];
+const FIVE_LEVEL_LAYOUT: [u64; 3] = [
+    0xff11_0000_0000_0000,
+    0xffa0_0000_0000_0000,
+    0xffd4_0000_0000_0000,
+];
+
+/// The symbols around the types, by the names they have had.
+const BTF_SYMBOLS: [(&str, &str); 2] = [
+    ("__start_BTF", "__stop_BTF"),
+    (
+        "_binary__btf_vmlinux_bin_start",
+        "_binary__btf_vmlinux_bin_end",
+    ),
+];
+
+/// Page tables of a kernel's shape, being looked at.
+pub(crate) struct Attempt<'a> {
+    memory: &'a Arc<dyn PhysicalMemory>,
+    candidate: &'a Candidate,
+    image: Image<'a>,
+    /// Through the candidate's root, whosever it is: it maps the image.
+    space: AddressSpace,
+    conflicts: Vec<Conflict>,
+}
+
+/// What a search of the image's data found, by offset.
+struct Sightings {
+    digits: Vec<u64>,
+    btf: Vec<u64>,
+    banners: Vec<u64>,
+}
+
+impl<'a> Attempt<'a> {
+    pub(crate) fn new(memory: &'a Arc<dyn PhysicalMemory>, candidate: &'a Candidate) -> Self {
+        Self {
+            memory,
+            candidate,
+            image: Image::new(&**memory, candidate.image),
+            space: AddressSpace::new(memory.clone(), candidate.root, candidate.mode),
+            conflicts: Vec::new(),
+        }
+    }
+
+    /// The kernel these tables lead to, or `None` if there are no symbols.
+    pub(crate) fn kernel(
+        mut self,
+        options: &FindOptions,
+        isf: Option<&Isf>,
+    ) -> Result<Option<Kernel>, FindError> {
+        let seen = self.look();
+        let Some((symbols, _)) = self.symbols(&seen.digits, isf) else {
+            return Ok(None);
+        };
+        let banner = self.banner(&symbols, &seen.banners);
+        let types = match isf {
+            Some(isf) => {
+                isf.check_banner(&banner)?;
+                isf.check_symbols(&symbols)?;
+                Ok(isf.types().clone())
+            }
+            None => self.types(&symbols, &seen.btf),
+        };
+        let build_id = self.build_id(&symbols);
+        let profile = Profile {
+            build_id,
+            banner,
+            symbols,
+            types,
+        };
+        let from = match isf {
+            Some(_) => ProfileFrom::Isf,
+            None => ProfileFrom::Memory,
+        };
+        Ok(Some(self.finish(profile, from)))
+    }
+
+    fn look(&self) -> Sightings {
+        let data = self.image.data(&self.space);
+        let patterns = [DIGITS, BTF_START, BANNER_START];
+        let [digits, btf, banners] = self.image.search(&data, patterns);
+        if !digits.is_empty() {
+            return Sightings {
+                digits,
+                btf,
+                banners,
+            };
+        }
+        // Whatever the tables say about execution: the rest as well.
+        let [digits, btf, banners] = self.image.search(&[0..self.image.size()], patterns);
+        Sightings {
+            digits,
+            btf,
+            banners,
+        }
+    }
+
+    /// Whether the page at `offset` is mapped without the right to write, as
+    /// the kernel's constants are.
+    fn is_read_only(&self, offset: u64) -> bool {
+        self.space
+            .translate(self.image.address(offset))
+            .is_ok_and(|translation| !translation.rights.writable)
+    }
+
+    fn conflict(&mut self, what: Subject, chosen: String, other: String, why: &str) {
+        self.conflicts.push(Conflict {
+            what,
+            chosen,
+            other,
+            why: why.to_owned(),
+        });
+    }
+
+    fn symbols(
+        &mut self,
+        digits: &[u64],
+        isf: Option<&Isf>,
+    ) -> Option<(Symbols, Option<Location>)> {
+        let mut found: Vec<(Location, Symbols)> = digits
+            .iter()
+            .filter_map(|digits| locate::locate(&self.image, *digits))
+            .collect();
+        // The kernel's own table is a constant; of several constants (which
+        // nobody has made yet) the one that the kernel's linker put first.
+        found.sort_by_key(|(location, _)| {
+            let start = location.token_table.start;
+            (!self.is_read_only(start), start)
+        });
+        let mut found = found.into_iter();
+        let Some((location, symbols)) = found.next() else {
+            let symbols = isf?.symbols(self.candidate.image.virtual_base)?;
+            return Some((symbols, None));
+        };
+        let place = |location: &Location| {
+            let address = self.image.address(location.token_table.start);
+            format!("the symbol table with its tokens at {address}")
+        };
+        let chosen = place(&location);
+        let others: Vec<String> = found.map(|(other, _)| place(&other)).collect();
+        for other in others {
+            let why = match self.is_read_only(location.token_table.start) {
+                true => "the kernel maps it read-only, as it does its own table",
+                false => "it comes first in the image",
+            };
+            self.conflict(Subject::Symbols, chosen.clone(), other, why);
+        }
+        Some((symbols, Some(location)))
+    }
+
+    fn banner(&mut self, symbols: &Symbols, seen: &[u64]) -> String {
+        let own = symbols
+            .addresses("linux_banner")
+            .filter(|address| locate::is_banner(&self.image, *address))
+            .find_map(|address| self.image.offset(address));
+        let first = seen
+            .iter()
+            .copied()
+            .find(|offset| self.is_read_only(*offset));
+        let Some(own) = own.or(first).or(seen.first().copied()) else {
+            return String::new();
+        };
+        let text = |offset| {
+            let bytes = self
+                .image
+                .string(offset, MAXIMUM_BANNER)
+                .unwrap_or_default();
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            text.lines().next().unwrap_or_default().to_owned()
+        };
+        let banner = text(own);
+        for offset in seen {
+            let other = text(*offset);
+            // The log buffer holds the same text, without an end; from 6.1 on
+            // a copy made before the build was numbered is among the constants.
+            let says_a_version =
+                other[BANNER_START.len()..].starts_with(|c: char| c.is_ascii_digit());
+            if !says_a_version || other.starts_with(&banner) || other == without_number(&banner) {
+                continue;
+            }
+            self.conflicts.push(Conflict {
+                what: Subject::Banner,
+                chosen: format!("{banner:?} at {}", self.image.address(own)),
+                other: format!("{other:?} at {}", self.image.address(*offset)),
+                why: "the symbol linux_banner leads there".to_owned(),
+            });
+        }
+        banner
+    }
+
+    /// The types of the kernel, by its symbols.
+    fn types(&mut self, symbols: &Symbols, seen: &[u64]) -> Result<Types, ProfileError> {
+        let bounds = BTF_SYMBOLS.iter().find_map(|(start, stop)| {
+            let range = symbols.address(start)?..symbols.address(stop)?;
+            Some(self.image.offset(range.start)?..self.image.offset(range.end)?)
+        });
+        let range = match bounds {
+            Some(range) => range,
+            None => {
+                // Without the symbols only the blob's own header is left.
+                let mut all: Vec<Range<u64>> = seen
+                    .iter()
+                    .filter_map(|offset| btf_range(&self.image, *offset))
+                    .collect();
+                all.sort_by_key(|range| (!self.is_read_only(range.start), range.start));
+                match all.into_iter().next() {
+                    Some(range) => range,
+                    None => return Err(ProfileError::NoBtf),
+                }
+            }
+        };
+        let chosen = format!("the types at {}", self.image.address(range.start));
+        for offset in seen {
+            if *offset == range.start {
+                continue;
+            }
+            let Some(other) = btf_range(&self.image, *offset) else {
+                continue;
+            };
+            let other = self.image.bytes(other).map(Types::parse);
+            if let Some(Ok(_)) = other {
+                let other = format!("types at {}", self.image.address(*offset));
+                let why = "the kernel's symbols lead there";
+                self.conflict(Subject::Types, chosen.clone(), other, why);
+            }
+        }
+        let address = self.image.address(range.start).as_u64();
+        let length = range.end.saturating_sub(range.start);
+        if length > MAXIMUM_BTF_LENGTH as u64 {
+            let source = BtfError::TooLong {
+                length: length as usize,
+            };
+            return Err(ProfileError::DamagedBtf { address, source });
+        }
+        let Some(bytes) = self.image.bytes(range) else {
+            let reason = "a page of it is missing".to_owned();
+            return Err(ProfileError::UnreadableBtf { address, reason });
+        };
+        Types::parse(bytes).map_err(|source| ProfileError::DamagedBtf { address, source })
+    }
+
+    fn build_id(&mut self, symbols: &Symbols) -> Option<BuildId> {
+        let start = self.image.offset(symbols.address("__start_notes")?)?;
+        let stop = self.image.offset(symbols.address("__stop_notes")?)?;
+        let stop = stop.min(start.saturating_add(MAXIMUM_NOTES));
+        let notes = self.image.bytes(start..stop)?;
+        let id = build_ids(&notes).into_iter().next()?;
+        // From 5.14 on the kernel keeps a copy of it for its oops messages.
+        let copy = symbols
+            .address("vmlinux_build_id")
+            .and_then(|address| self.image.offset(address))
+            .and_then(|offset| self.image.bytes(offset..offset.checked_add(20)?));
+        if let Some(copy) = copy
+            && id.as_bytes().len() == copy.len()
+            && id.as_bytes() != copy
+            && copy.iter().any(|byte| *byte != 0)
+        {
+            let other = BuildId::new(&copy).map(|id| id.to_string());
+            self.conflict(
+                Subject::BuildId,
+                format!("{id} in the notes"),
+                format!("{} in vmlinux_build_id", other.unwrap_or_default()),
+                "the linker writes the notes",
+            );
+        }
+        Some(id)
+    }
+
+    /// Finds the rest by the symbols.
+    fn finish(mut self, profile: Profile, from: ProfileFrom) -> Kernel {
+        let root = self.root(&profile.symbols);
+        let space = AddressSpace::new(self.memory.clone(), root, self.candidate.mode);
+        let usual = match space.mode() {
+            PagingMode::FourLevel => FOUR_LEVEL_LAYOUT,
+            PagingMode::FiveLevel => FIVE_LEVEL_LAYOUT,
+        };
+        let variable = |name: &str| {
+            let value = self.image.read_u64(profile.symbols.address(name)?)?;
+            // All three lie in the kernel's half.
+            (value >> 63 != 0).then_some(value)
+        };
+        let vmalloc_base = variable("vmalloc_base").unwrap_or(usual[1]);
+        let vmemmap_base = variable("vmemmap_base").unwrap_or(usual[2]);
+        let stated = variable("page_offset_base");
+        let direct_map = self.direct_map(&space, stated, usual[0]);
+        let vmcoreinfo = self.vmcoreinfo(&space, &profile, direct_map);
+        Kernel {
+            space,
+            profile: Arc::new(profile),
+            image: self.candidate.image,
+            direct_map,
+            direct_map_slide: direct_map.as_u64().wrapping_sub(usual[0]),
+            vmalloc_base: VirtualAddress::new(vmalloc_base),
+            vmemmap_base: VirtualAddress::new(vmemmap_base),
+            conflicts: self.conflicts,
+            vmcoreinfo,
+            evidence: Evidence {
+                tables: self.candidate.from,
+                profile: from,
+            },
+        }
+    }
+
+    /// The physical address of `init_top_pgt`.
+    fn root(&mut self, symbols: &Symbols) -> PhysicalAddress {
+        let named = ["init_top_pgt", "swapper_pg_dir"]
+            .iter()
+            .find_map(|name| symbols.address(name))
+            .and_then(|address| self.image.offset(address))
+            .map(|offset| self.image.physical(offset));
+        let memory = &**self.memory;
+        if let Some(root) = named
+            && tables::leads_to(memory, root, self.candidate.shared)
+        {
+            return root;
+        }
+        let found = tables::roots_in_image(memory, self.candidate);
+        let root = found.first().copied().unwrap_or(self.candidate.root);
+        if let Some(named) = named {
+            self.conflict(
+                Subject::PageTables,
+                format!("the root at {root}"),
+                format!("the root that symbols put at {named}"),
+                "the latter does not map the kernel as the tables in use do",
+            );
+        }
+        root
+    }
+
+    fn direct_map(
+        &mut self,
+        space: &AddressSpace,
+        stated: Option<u64>,
+        usual: u64,
+    ) -> VirtualAddress {
+        let image = &self.candidate.image;
+        let stated = stated.map(VirtualAddress::new);
+        let usual = VirtualAddress::new(usual);
+        for start in stated.into_iter().chain([usual]) {
+            if tables::maps_image(space, start, image) {
+                return start;
+            }
+        }
+        let found = tables::direct_map_by_search(space, image);
+        if let (Some(stated), Some(found)) = (stated, found) {
+            self.conflict(
+                Subject::DirectMap,
+                format!("the direct map at {found}"),
+                format!("page_offset_base, which says {stated}"),
+                "the page tables map the image there",
+            );
+        }
+        found.or(stated).unwrap_or(usual)
+    }
+
+    /// Reads VMCOREINFO and compares it with what was found without it.
+    fn vmcoreinfo(
+        &mut self,
+        space: &AddressSpace,
+        profile: &Profile,
+        direct_map: VirtualAddress,
+    ) -> Option<VmcoreInfo> {
+        let symbols = &profile.symbols;
+        let address = self.image.read_u64(symbols.address("vmcoreinfo_data")?)?;
+        let size = symbols
+            .address("vmcoreinfo_size")
+            .and_then(|address| self.image.read_u64(address))
+            .unwrap_or(4096);
+        let mut bytes = vec![0; (size as usize).min(MAXIMUM_VMCOREINFO)];
+        space.read(VirtualAddress::new(address), &mut bytes).ok()?;
+        let info = VmcoreInfo::parse(&bytes);
+        let place = format!("VMCOREINFO at {:#x}", address);
+        for (key, said, found) in differences(&info, self.candidate, profile) {
+            self.conflict(
+                Subject::VmcoreInfo,
+                found,
+                format!("{key}={said} in {place}"),
+                "page tables and symbols agree on it",
+            );
+        }
+        let _ = direct_map;
+        Some(info)
+    }
+}
+
+/// The banner without its build's number: "… #1 SMP …" becomes "… # SMP …".
+fn without_number(banner: &str) -> String {
+    match banner.rsplit_once(" #") {
+        Some((before, after)) => {
+            let after = after.trim_start_matches(|c: char| c.is_ascii_digit());
+            format!("{before} #{after}")
+        }
+        None => banner.to_owned(),
+    }
+}
+
+/// What VMCOREINFO says otherwise than page tables and symbols: the key, its
+/// value, and what was found.
+pub(crate) fn differences(
+    info: &VmcoreInfo,
+    candidate: &Candidate,
+    profile: &Profile,
+) -> Vec<(&'static str, String, String)> {
+    let KernelImage {
+        virtual_base,
+        physical_base,
+        slide,
+        ..
+    } = candidate.image;
+    let mut all = Vec::new();
+    if let Some(said) = info.kernel_offset
+        && said != slide
+    {
+        all.push((
+            "KERNELOFFSET",
+            format!("{said:x}"),
+            format!("a slide of {slide:#x}"),
+        ));
+    }
+    let base =
+        physical_base.as_u64() as i64 - virtual_base.as_u64().wrapping_sub(START_KERNEL_MAP) as i64;
+    if let Some(said) = info.physical_base
+        && said != base
+    {
+        let found = format!("the image at physical {physical_base}");
+        all.push(("NUMBER(phys_base)", said.to_string(), found));
+    }
+    let symbol = |names: &[&str]| names.iter().find_map(|name| profile.symbols.address(name));
+    for (key, said, names) in [
+        ("SYMBOL(_stext)", info.text_start, &["_stext"][..]),
+        (
+            "SYMBOL(init_top_pgt)",
+            info.page_table_root,
+            &["init_top_pgt", "swapper_pg_dir"],
+        ),
+    ] {
+        if let (Some(said), Some(found)) = (said, symbol(names))
+            && said != found
+        {
+            all.push((key, format!("{said:x}"), format!("{} at {found}", names[0])));
+        }
+    }
+    let five = candidate.mode == PagingMode::FiveLevel;
+    if let Some(said) = info.five_levels
+        && said != five
+    {
+        let levels = if five { "five" } else { "four" };
+        let found = format!("page tables of {levels} levels");
+        all.push((
+            "NUMBER(pgtable_l5_enabled)",
+            u8::from(said).to_string(),
+            found,
+        ));
+    }
+    if let (Some(said), Some(found)) = (&info.build_id, &profile.build_id)
+        && said != found
+    {
+        all.push((
+            "BUILD-ID",
+            said.to_string(),
+            format!("the build id {found}"),
+        ));
+    }
+    if let Some(said) = &info.release {
+        let release = profile.banner.split(' ').nth(2).unwrap_or_default();
+        if !release.is_empty() && said != release {
+            all.push((
+                "OSRELEASE",
+                said.clone(),
+                format!("the banner's {release:?}"),
+            ));
+        }
+    }
+    all
+}
+
+/// The bytes of a blob that starts at `offset`, by its header.
+fn btf_range(image: &Image<'_>, offset: u64) -> Option<Range<u64>> {
+    let mut header = [0; HEADER_LENGTH];
+    image.read(offset, &mut header).ok()?;
+    let left = image
+        .size()
+        .checked_sub(offset)?
+        .min(MAXIMUM_BTF_LENGTH as u64);
+    let header = Header::parse(&header, left as usize).ok()?;
+    Some(offset..offset + header.end() as u64)
+}
