@@ -14,6 +14,7 @@ mod discovery;
 mod locate;
 mod memory;
 mod open;
+pub mod pause;
 mod process;
 mod qmp;
 
@@ -24,5 +25,6 @@ pub use open::{
     Access, LayoutSource, QemuError, QemuOptions, QemuTarget, QmpUse, Selector, find, open,
     open_process,
 };
+pub use pause::{Pause, PauseError, PauseMethod};
 pub use process::ProcessId;
 pub use qmp::{DEFAULT_TIMEOUT, QmpClient, QmpError, RamBlock, RunState, VcpuRegisters};

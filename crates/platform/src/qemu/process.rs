@@ -112,6 +112,28 @@ pub(super) fn executable(pid: u32) -> io::Result<PathBuf> {
     Ok(PathBuf::from(OsString::from_vec(bytes.to_vec())))
 }
 
+/// Whether every thread of the process is stopped by a signal; false if that
+/// can't be seen.
+pub(super) fn all_threads_stopped(pid: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(folder(pid).join("task")) else {
+        return false;
+    };
+    let mut any = false;
+    for thread in threads {
+        let stat = thread.and_then(|thread| read(&thread.path().join("stat")));
+        let state = stat.ok().and_then(|stat| Stat::parse(&stat));
+        match state {
+            Some(Stat { state: b'T', .. }) => any = true,
+            // A thread that is ending runs no more.
+            Some(Stat {
+                state: b'Z' | b'X', ..
+            }) => {}
+            _ => return false,
+        }
+    }
+    any
+}
+
 /// The user the process runs as.
 pub(super) fn owner(pid: u32) -> Option<u32> {
     let status = read(&folder(pid).join("status")).ok()?;

@@ -2,6 +2,8 @@
 //! human monitor that the code under test does not know of, ended with the
 //! test however it goes.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
