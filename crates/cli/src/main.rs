@@ -1,2 +1,129 @@
-//! (to come)
-fn main() {}
+//! `secmon`: the command line.
+//!
+//! It reads what was asked for, opens the target, and writes rows; how
+//! anything works is known by the crates below.
+#![deny(unsafe_code)]
+
+mod arguments;
+mod columns;
+mod command;
+mod documents;
+mod fault;
+mod filter;
+mod findings;
+mod inspect;
+mod listing;
+mod location;
+mod output;
+mod query;
+mod report;
+mod sandbox;
+mod session;
+
+use std::fs::File;
+use std::panic::AssertUnwindSafe;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use secmon_guest::Table;
+
+use arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions, TranslateArguments};
+use command::Action;
+use inspect::{Place, Sink};
+use query::Query;
+use report::Reporter;
+use session::{Outputs, Session};
+
+/// The exit status of an error; 1 is kept for findings.
+const ERROR: u8 = 2;
+
+fn main() -> ExitCode {
+    let (common, action) = command::parse(std::env::args_os());
+    let reporter = Reporter {
+        verbose: common.verbose,
+    };
+    std::panic::set_hook(Box::new(move |panic| {
+        reporter.warn(format_args!(
+            "this is a bug in secmon, please report it: {panic}"
+        ));
+    }));
+    // A panic unwinds to here, so that a paused guest is resumed on the way.
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| run(&common, action, reporter)));
+    match result {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if report::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            reporter.error(&error);
+            ExitCode::from(ERROR)
+        }
+        Err(_) => ExitCode::from(ERROR),
+    }
+}
+
+fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
+    let session = Session::new(common, reporter);
+    match action {
+        Action::Show(table, options) => show(&session, table, &options, common, reporter),
+        Action::BuiltIn(command) => match *command {
+            BuiltIn::Tables { table } => documents::tables(table.as_deref(), common.format),
+            BuiltIn::Completions { shell } => documents::completions(shell),
+            BuiltIn::Man { output } => documents::man(output.as_deref()),
+            BuiltIn::Read(arguments) => read(&session, arguments, common.format),
+            BuiltIn::Translate(arguments) => translate(&session, &arguments, common.format),
+        },
+    }
+}
+
+/// Shows a table of the target's guest.
+fn show(
+    session: &Session<'_>,
+    table: &'static dyn Table,
+    options: &RowOptions,
+    common: &Common,
+    reporter: Reporter,
+) -> Result<()> {
+    let query = Query::new(table, common.format, options)?;
+    fault::install();
+    let source = session.open(&Outputs::default())?;
+    let guest = session.guest(&source)?;
+    let started = Instant::now();
+    let outcome = query.run(&guest, listing::stdout()?, listing::style())?;
+    let elapsed = started.elapsed();
+    let rows = outcome.summary.rows;
+    reporter.note(format_args!("{rows} rows in {elapsed:.1?}"));
+    findings::report(&guest, &query, outcome, options.strict, reporter)
+}
+
+/// `secmon read`.
+fn read(session: &Session<'_>, arguments: ReadArguments, format: Format) -> Result<()> {
+    fault::install();
+    let sink = match (&arguments.output, format) {
+        (Some(path), _) => {
+            let file =
+                File::create(path).with_context(|| format!("creating {}", path.display()))?;
+            Sink::RawFile(file)
+        }
+        (None, _) if arguments.raw => Sink::RawStdout,
+        (None, Format::Table | Format::Markdown) => Sink::Hex,
+        (None, format) => Sink::Rows(format),
+    };
+    let source = session.open(&Outputs::default())?;
+    let place = session.place(&source, &arguments.location)?;
+    inspect::read(&place, arguments.length, sink)
+}
+
+/// `secmon translate`.
+fn translate(session: &Session<'_>, arguments: &TranslateArguments, format: Format) -> Result<()> {
+    fault::install();
+    let source = session.open(&Outputs::default())?;
+    let guest = session.guest(&source)?;
+    let mut walks = Vec::new();
+    for location in &arguments.locations {
+        match session::resolve(&guest, location)? {
+            Place::Virtual(space, address) => walks.push((*space, address)),
+            Place::Physical(..) => bail!("{location} is a physical address already"),
+        }
+    }
+    inspect::translate(&walks, format)
+}

@@ -1,0 +1,221 @@
+//! The command line as types: what there is to say, not what happens then.
+//!
+//! Commands that show a guest table are not listed here; they are made from
+//! the tables themselves, see [`command`](crate::command).
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+use crate::location::Location;
+
+/// How rows are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Aligned columns for people
+    #[default]
+    Table,
+    /// One JSON array of objects
+    Json,
+    /// One JSON object a line
+    Ndjson,
+    /// Comma-separated values, with a header line
+    Csv,
+    /// A Markdown document; only `tables` can be written so
+    #[value(hide = true)]
+    Markdown,
+}
+
+/// Options that every command takes.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Common {
+    /// What to look at: file:PATH, qemu:NAME, qemu:PID, ivshmem:PCI-ADDRESS
+    ///
+    /// `file:` takes a raw image, a QEMU or libvirt dump (ELF or kdump), a
+    /// LiME, AVML or makedumpfile image, or the RAM file of a running QEMU;
+    /// which of them it is shows in its content. `secmon targets` lists what
+    /// can be watched on this machine.
+    #[arg(
+        short,
+        long,
+        env = "SECMON_TARGET",
+        global = true,
+        hide_env = true,
+        help_heading = "Target"
+    )]
+    pub target: Option<String>,
+
+    /// Where the target's RAM lies: q35, i440fx, or START-END@OFFSET,…
+    ///
+    /// Only needed where that can't be known: for a raw image of a machine with
+    /// more RAM than fits below its PCI hole, cut out of its context. A machine
+    /// type states the layout that QEMU gives it. A list states each run of RAM:
+    /// its first guest physical address, the address after its last, and where
+    /// it starts in the file (by default right after the run before it).
+    #[arg(long, value_name = "LAYOUT", global = true, help_heading = "Target")]
+    pub layout: Option<String>,
+
+    /// Symbols and types from this ISF file (JSON, also .xz) for a kernel that lacks its own
+    #[arg(long, value_name = "FILE", global = true, help_heading = "Target")]
+    pub isf: Option<PathBuf>,
+
+    /// Stop the guest while it is read (QEMU); it always runs again afterwards
+    #[arg(long, global = true, help_heading = "Target")]
+    pub pause: bool,
+
+    /// How rows are written
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value_t,
+        global = true,
+        help_heading = "Output"
+    )]
+    pub format: Format,
+
+    /// Say more on stderr: how the kernel was found, how long it took, every diagnostic
+    #[arg(short, long, global = true, help_heading = "Output")]
+    pub verbose: bool,
+
+    /// Neither use nor write the cache of kernel profiles
+    #[arg(long, global = true, help_heading = "Cache and sandbox")]
+    pub no_cache: bool,
+
+    /// Keep kernel profiles in this folder
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "SECMON_CACHE_DIR",
+        hide_env = true,
+        global = true,
+        conflicts_with = "no_cache",
+        help_heading = "Cache and sandbox"
+    )]
+    pub cache_dir: Option<PathBuf>,
+
+    /// Don't confine this process before it parses guest memory (for debugging)
+    #[arg(long, global = true, help_heading = "Cache and sandbox")]
+    pub no_sandbox: bool,
+}
+
+/// Which rows and columns of a table are wanted.
+#[derive(Args, Clone, Debug, Default)]
+pub struct RowOptions {
+    /// Only these processes
+    #[arg(
+        short,
+        long,
+        value_name = "PID",
+        value_delimiter = ',',
+        help_heading = "Rows"
+    )]
+    pub pid: Vec<u64>,
+
+    /// Only these columns, in this order; +COLUMN adds one to the usual, `all` is all
+    ///
+    /// A terminal shows the usual columns, the other formats all. The columns
+    /// are listed at the end of this command's --help.
+    #[arg(
+        short,
+        long,
+        value_name = "COLUMN",
+        value_delimiter = ',',
+        help_heading = "Rows"
+    )]
+    pub columns: Vec<String>,
+
+    /// Only rows that fit: column=value, !=, <, <=, >, >=, ~ (regular expression), !~
+    ///
+    /// Given several times, rows must fit all. Numbers compare as numbers
+    /// (0x… is hexadecimal), times by their start, a list fits if one of its
+    /// items does, and `column=` finds what is empty.
+    #[arg(
+        short = 'w',
+        long = "filter",
+        value_name = "CONDITION",
+        help_heading = "Rows"
+    )]
+    pub filters: Vec<String>,
+
+    /// Sort by this column; COLUMN:desc starts with the highest
+    #[arg(short, long, value_name = "COLUMN[:desc]", help_heading = "Rows")]
+    pub sort: Option<String>,
+
+    /// Stop after this many rows
+    #[arg(short = 'n', long, value_name = "N", help_heading = "Rows")]
+    pub limit: Option<u64>,
+
+    /// Rows of every namespace, where the initial one alone is shown otherwise
+    #[arg(short, long, help_heading = "Rows")]
+    pub all_namespaces: bool,
+
+    /// No header line (table and CSV)
+    #[arg(long, help_heading = "Output")]
+    pub no_header: bool,
+
+    /// Exit with status 2 if anything at all could not be read
+    #[arg(long, help_heading = "Output")]
+    pub strict: bool,
+}
+
+/// The commands that are not a guest table.
+#[derive(Clone, Debug, Subcommand)]
+pub enum BuiltIn {
+    /// All tables, or the columns of one
+    Tables {
+        /// The table to describe, by name or alias
+        table: Option<String>,
+    },
+
+    /// Show memory at a symbol or address
+    Read(ReadArguments),
+
+    /// Show how an address is translated, level by level
+    Translate(TranslateArguments),
+
+    /// Print a completion script for a shell
+    #[command(after_help = "Examples:
+  bash   secmon completions bash > ~/.local/share/bash-completion/completions/secmon
+  zsh    secmon completions zsh > \"${fpath[1]}/_secmon\"
+  fish   secmon completions fish > ~/.config/fish/completions/secmon.fish")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+
+    /// Write the man pages
+    Man {
+        /// The folder to write them to; without it the main page goes to stdout
+        #[arg(short, long, value_name = "DIR")]
+        output: Option<PathBuf>,
+    },
+}
+
+/// Arguments of `secmon read`.
+#[derive(Args, Clone, Debug)]
+pub struct ReadArguments {
+    /// SYMBOL[+OFFSET], 0xADDRESS (kernel), PID:0xADDRESS (process) or phys:0xADDRESS
+    pub location: Location,
+
+    /// How many bytes; K, M and G may follow
+    #[arg(short, long, value_name = "BYTES", default_value = "256", value_parser = crate::location::parse_length)]
+    pub length: u64,
+
+    /// The bytes themselves to stdout, no hex dump
+    #[arg(short, long, conflicts_with = "output")]
+    pub raw: bool,
+
+    /// The bytes themselves to this file
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// Arguments of `secmon translate`.
+#[derive(Args, Clone, Debug)]
+pub struct TranslateArguments {
+    /// SYMBOL[+OFFSET], 0xADDRESS (kernel) or PID:0xADDRESS (process)
+    #[arg(required = true)]
+    pub locations: Vec<Location>,
+}

@@ -1,0 +1,108 @@
+//! What is said after a table: what could not be read, and whether that is
+//! an error.
+
+use std::fmt::Write;
+
+use anyhow::{Result, bail};
+use secmon_guest::{Diagnostic, Guest};
+
+use crate::query::{Outcome, Query};
+use crate::report::Reporter;
+
+/// How many diagnostics are said unless all are asked for.
+const SAID: usize = 3;
+
+/// Tells what a listing lacks.
+///
+/// # Errors
+/// If the table could not be made, if it is empty for what could not be read,
+/// or, when `strict`, if anything at all could not be read.
+pub fn report(
+    guest: &Guest,
+    query: &Query,
+    outcome: Outcome,
+    strict: bool,
+    reporter: Reporter,
+) -> Result<()> {
+    let summary = &outcome.summary;
+    if summary.rows_with_unreadable > 0 {
+        let mut columns = String::new();
+        for (column, count) in &summary.unreadable {
+            let comma = if columns.is_empty() { "" } else { ", " };
+            // Writing to a string does not fail.
+            let _ = write!(columns, "{comma}{column} {count}");
+        }
+        reporter.warn(format_args!(
+            "{} could not be read in {} ({columns}); --format json says why",
+            counted(
+                summary.unreadable.iter().map(|(_, count)| count).sum(),
+                "value"
+            ),
+            counted(summary.rows_with_unreadable, "row"),
+        ));
+    }
+    if outcome.undecided > 0 {
+        reporter.warn(format_args!(
+            "{} left out because what --filter looks at could not be read in them",
+            counted(outcome.undecided, "row")
+        ));
+    }
+    let diagnostics = guest.diagnostics();
+    let list = diagnostics.list();
+    let total = list.len() as u64 + diagnostics.dropped();
+    if total > 0 {
+        reporter.warn(format_args!(
+            "this listing may be incomplete: {} could not be read or did not agree",
+            counted(total, "thing")
+        ));
+        let said = if reporter.verbose { list.len() } else { SAID };
+        for diagnostic in list.iter().take(said) {
+            reporter.warn(describe(diagnostic));
+        }
+        if total > said as u64 {
+            reporter.warn(format_args!(
+                "{} more: -v says all that are kept, and so does `secmon diagnostics`",
+                total - said as u64
+            ));
+        }
+    }
+    let torn = diagnostics.torn_reads();
+    if torn > 0 {
+        reporter.note(format_args!(
+            "{} while the guest changed what was read, and made again",
+            counted(torn, "read")
+        ));
+    }
+    if let Some(error) = outcome.error {
+        return Err(error.into());
+    }
+    if summary.rows == 0 && total > 0 {
+        bail!("nothing could be listed, see the warnings");
+    }
+    if summary.rows == 0 && !query.pids().is_empty() {
+        let pids: Vec<String> = query.pids().iter().map(u64::to_string).collect();
+        reporter.warn(format_args!("no row for process {}", pids.join(", ")));
+    }
+    if strict && (total > 0 || summary.rows_with_unreadable > 0 || outcome.undecided > 0) {
+        bail!("not everything could be read (--strict), see the warnings");
+    }
+    Ok(())
+}
+
+fn counted(count: u64, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
+fn describe(diagnostic: &Diagnostic) -> String {
+    let Diagnostic {
+        table,
+        subject,
+        address,
+        reason,
+    } = diagnostic;
+    match address {
+        Some(address) => format!("{table}: {subject} at {address}: {reason}"),
+        None => format!("{table}: {subject}: {reason}"),
+    }
+}

@@ -1,0 +1,71 @@
+//! Rows as JSON objects: in one array, or one a line.
+
+use std::io::{self, Write};
+
+use secmon_guest::{ColumnInfo, Value};
+use serde::ser::{SerializeMap, Serializer};
+use serde_json::ser::{CompactFormatter, Formatter};
+
+use super::escape::is_dangerous;
+
+/// Writes what [`is_dangerous`] as `\uXXXX`, which any JSON reader turns back:
+/// a terminal that shows the JSON is as safe as one that shows the table.
+#[derive(Clone, Debug, Default)]
+pub struct SafeFormatter(CompactFormatter);
+
+impl Formatter for SafeFormatter {
+    fn write_string_fragment<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        let mut start = 0;
+        for (at, c) in fragment.char_indices() {
+            if !is_dangerous(c) {
+                continue;
+            }
+            writer.write_all(&fragment.as_bytes()[start..at])?;
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                write!(writer, "\\u{unit:04x}")?;
+            }
+            start = at + c.len_utf8();
+        }
+        writer.write_all(&fragment.as_bytes()[start..])
+    }
+}
+
+/// Any value as compact and safe JSON.
+pub fn write(out: &mut impl Write, value: &impl serde::Serialize) -> io::Result<()> {
+    let mut serializer = serde_json::Serializer::with_formatter(out, SafeFormatter::default());
+    value.serialize(&mut serializer).map_err(io::Error::from)
+}
+
+/// Writes one row as an object; what could not be read is `null` there and has
+/// its reason in a last member `unreadable`.
+pub fn write_row(out: &mut impl Write, columns: &[ColumnInfo], values: &[Value]) -> io::Result<()> {
+    let mut serializer = serde_json::Serializer::with_formatter(out, SafeFormatter::default());
+    let mut object = serializer.serialize_map(None)?;
+    let mut unreadable = false;
+    for (column, value) in columns.iter().zip(values) {
+        object.serialize_entry(column.name, value)?;
+        unreadable |= matches!(value, Value::Unreadable(_));
+    }
+    if unreadable {
+        object.serialize_entry("unreadable", &Reasons(columns, values))?;
+    }
+    object.end()?;
+    Ok(())
+}
+
+/// The reasons of a row's unreadable values, by column.
+struct Reasons<'a>(&'a [ColumnInfo], &'a [Value]);
+
+impl serde::Serialize for Reasons<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let reasons = self.0.iter().zip(self.1);
+        serializer.collect_map(reasons.filter_map(|(column, value)| match value {
+            Value::Unreadable(reason) => Some((column.name, reason)),
+            _ => None,
+        }))
+    }
+}
