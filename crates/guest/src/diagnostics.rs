@@ -9,7 +9,7 @@ use secmon_memory::VirtualAddress;
 const LIMIT: usize = 10_000;
 
 /// Something that could not be read, or that did not agree with itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Diagnostic {
     /// The table that was being made.
     pub table: &'static str,

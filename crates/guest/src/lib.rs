@@ -5,6 +5,7 @@
 //! them all. Where the bytes come from is not known here.
 #![forbid(unsafe_code)]
 
+mod diagnostic_table;
 mod diagnostics;
 mod guest;
 mod layout;
@@ -26,6 +27,11 @@ pub use value::{Text, Value};
 pub fn tables() -> &'static [&'static dyn Table] {
     static TABLES: &[&dyn Table] = &[
         &linux::processes::PROCESSES,
+        &linux::threads::THREADS,
+        &linux::process_tree::PROCESS_TREE,
+        &linux::namespaces::NAMESPACES,
+        &linux::credentials::CREDENTIALS,
+        &diagnostic_table::DIAGNOSTICS,
         &linux::kmsg::KMSG,
         &linux::module::MODULES,
     ];

@@ -19,6 +19,7 @@ use crate::linux::per_cpu::PerCpu;
 use crate::linux::snapshot::{Snapshot, Spans};
 use crate::linux::task::{self, Membership, Task, TaskError};
 use crate::linux::user;
+use crate::table::Items;
 use crate::{Diagnostic, Guest, Layout, Selection, TableError, Value, layout};
 
 /// How often a process that changes while it is read is read again.
@@ -237,6 +238,14 @@ impl Listing {
         }))
     }
 
+    /// Copies the `cred` at `address`.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the memory.
+    pub fn cred(&self, guest: &Guest, address: VirtualAddress) -> Result<Cred, ReadError> {
+        Cred::read(guest, &self.cred, address)
+    }
+
     /// How tasks are read.
     pub fn task_model(&self) -> &Arc<task::TaskModel> {
         &self.task
@@ -309,6 +318,33 @@ pub fn processes<'g>(
     Ok(task::leaders(guest, listing.table)?
         .filter(|task| selection.wants_pid(task.tgid.into()))
         .filter_map(|task| Process::read(guest, listing, task, Membership::Processes)))
+}
+
+/// All threads of all processes that the selection wants, until the sink
+/// breaks.
+///
+/// # Errors
+/// [`TableError`] if there is no list of processes or threads.
+pub fn for_each_thread(
+    guest: &Guest,
+    listing: &Arc<Listing>,
+    selection: &Selection,
+    sink: &mut Items<'_, Process>,
+) -> Result<(), TableError> {
+    for leader in task::leaders(guest, listing.table)? {
+        if !selection.wants_pid(leader.tgid.into()) {
+            continue;
+        }
+        for thread in task::threads(guest, listing.table, &leader)? {
+            let Some(thread) = Process::read(guest, listing, thread, Membership::Threads) else {
+                continue;
+            };
+            if sink(thread).is_break() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Process {

@@ -572,7 +572,7 @@ pub(crate) fn signed(value: u64) -> i64 {
     i64::from(value as i32)
 }
 
-fn number(
+pub(crate) fn number(
     process: &Process,
     member: impl FnOnce(&TaskLayout) -> Option<&secmon_profile::Member>,
 ) -> Value {

@@ -69,6 +69,10 @@ layout! {
         ptrace: "ptrace",
         parent: "parent",
         exit_code: "exit_code",
+        /// Absent where CPU time is measured exactly
+        /// (`VIRT_CPU_ACCOUNTING_NATIVE`).
+        previous_utime: "prev_cputime.utime",
+        previous_stime: "prev_cputime.stime",
         cgroups: "cgroups",
         thread_pid: "thread_pid",
         seccomp_mode: "seccomp.mode",
@@ -140,6 +144,8 @@ impl TaskLayout {
             &self.ptrace,
             &self.parent,
             &self.exit_code,
+            &self.previous_utime,
+            &self.previous_stime,
             &self.cgroups,
             &self.thread_pid,
             &self.seccomp_mode,

@@ -1,0 +1,206 @@
+//! The table `threads`.
+
+use crate::linux::command_name::command_name;
+use crate::linux::process::{self, CpuTime, Listing, Process};
+use crate::linux::processes::{column, number, policy, signed, state};
+use crate::linux::task::TaskLayout;
+use crate::table::Items;
+use crate::{Guest, Kind, Selection, Shown, TableError, TableOf, Value};
+
+const TABLE: &str = "threads";
+
+/// Nanoseconds in a clock tick as `/proc` counts them (`USER_HZ` is 100).
+const TICK: u64 = 10_000_000;
+/// `DEFAULT_PRIO` (`include/linux/sched/prio.h`): the static priority of
+/// niceness 0.
+const DEFAULT_PRIO: i64 = 120;
+
+/// The table `threads`.
+pub static THREADS: TableOf<Process> = TableOf {
+    name: TABLE,
+    aliases: &[],
+    meaning: "All threads of all processes, the first of each included, as in /proc/PID/task.",
+    columns: &[
+        column(
+            "pid",
+            Kind::Unsigned,
+            Shown::Always,
+            "Id of the process (tgid).",
+            |_, thread| thread.task.tgid.into(),
+        ),
+        column(
+            "tid",
+            Kind::Unsigned,
+            Shown::Always,
+            "Id of the thread; the process's own id for its first thread.",
+            |_, thread| thread.task.pid.into(),
+        ),
+        column(
+            "state",
+            Kind::Text,
+            Shown::Always,
+            "State letter, as in /proc/PID/task/TID/stat.",
+            |_, thread| state(thread).letter.into(),
+        ),
+        column(
+            "cpu",
+            Kind::Unsigned,
+            Shown::Always,
+            "CPU on which it runs or ran last.",
+            |_, thread| number(thread, |layout| layout.cpu.as_ref()),
+        ),
+        column(
+            "user_time",
+            Kind::Unsigned,
+            Shown::Always,
+            "CPU time in user mode, in hundredths of a second.",
+            |_, thread| (cpu_time(thread).0 / TICK).into(),
+        ),
+        column(
+            "system_time",
+            Kind::Unsigned,
+            Shown::Always,
+            "CPU time in the kernel, in hundredths of a second.",
+            |_, thread| (cpu_time(thread).1 / TICK).into(),
+        ),
+        column(
+            "comm",
+            Kind::Text,
+            Shown::Always,
+            "Name, as in /proc/PID/task/TID/comm.",
+            |guest, thread| Value::text(command_name(guest, TABLE, &thread.task)),
+        ),
+        column(
+            "uid",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "Real user id.",
+            |_, thread| Value::from_read(thread.cred.as_ref(), |cred| cred.uid.into()),
+        ),
+        column(
+            "euid",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "Effective user id.",
+            |_, thread| Value::from_read(thread.cred.as_ref(), |cred| cred.euid.into()),
+        ),
+        column(
+            "kernel_thread",
+            Kind::Boolean,
+            Shown::OnRequest,
+            "Whether it is a kernel thread (PF_KTHREAD).",
+            |_, thread| thread.task.is_kernel_thread().into(),
+        ),
+        column(
+            "start_time",
+            Kind::Time,
+            Shown::OnRequest,
+            "When the thread was started, by the guest's wall clock as it is set now.",
+            |_, thread| {
+                let started = thread.task.number(&layout(thread).start_boottime);
+                let clock = thread.listing.clock.as_ref();
+                Value::from_read(clock, |clock| Value::Time(clock.of_boot_time(started)))
+            },
+        ),
+        column(
+            "nice",
+            Kind::Signed,
+            Shown::OnRequest,
+            "Niceness, -20 to 19.",
+            |_, thread| {
+                let priority = signed(thread.task.number(&layout(thread).static_prio));
+                Value::Signed(priority - DEFAULT_PRIO)
+            },
+        ),
+        column(
+            "policy",
+            Kind::Text,
+            Shown::OnRequest,
+            "Scheduling policy: normal, fifo, rr, batch, idle, deadline, ext.",
+            |_, thread| policy(thread.task.number(&layout(thread).policy)),
+        ),
+        column(
+            "voluntary_switches",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "How often it gave its CPU up.",
+            |_, thread| number(thread, |layout| layout.nvcsw.as_ref()),
+        ),
+        column(
+            "involuntary_switches",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "How often its CPU was taken from it.",
+            |_, thread| number(thread, |layout| layout.nivcsw.as_ref()),
+        ),
+        column(
+            "minor_faults",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "Page faults that read nothing from a disk.",
+            |_, thread| number(thread, |layout| layout.min_flt.as_ref()),
+        ),
+        column(
+            "major_faults",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "Page faults that read from a disk.",
+            |_, thread| number(thread, |layout| layout.maj_flt.as_ref()),
+        ),
+        column(
+            "stack",
+            Kind::Address,
+            Shown::OnRequest,
+            "Lowest address of its kernel stack; null once that is freed.",
+            |_, thread| match thread.task.pointer(&layout(thread).stack) {
+                stack if stack.is_null() => Value::Null,
+                stack => stack.into(),
+            },
+        ),
+        column(
+            "stack_pointer",
+            Kind::Address,
+            Shown::OnRequest,
+            "Where its kernel stack stood when its CPU was last switched away from it.",
+            |_, thread| {
+                let member = layout(thread).stack_pointer.as_ref();
+                member.map(|member| thread.task.pointer(member)).into()
+            },
+        ),
+        column(
+            "address",
+            Kind::Address,
+            Shown::OnRequest,
+            "Where its task_struct lies.",
+            |_, thread| thread.task.address.into(),
+        ),
+    ],
+    items: threads,
+};
+
+fn layout(thread: &Process) -> &TaskLayout {
+    &thread.task.model().layout
+}
+
+fn cpu_time(thread: &Process) -> (u64, u64) {
+    let layout = layout(thread);
+    let number = |member| thread.task.number(member);
+    let time = CpuTime {
+        user: number(&layout.utime),
+        system: number(&layout.stime),
+        run: number(&layout.sum_exec_runtime),
+    };
+    match (&layout.previous_utime, &layout.previous_stime) {
+        (Some(user), Some(system)) => time.adjusted(number(user), number(system)),
+        _ => (time.user, time.system),
+    }
+}
+
+fn threads(
+    guest: &Guest,
+    selection: &Selection,
+    sink: &mut Items<'_, Process>,
+) -> Result<(), TableError> {
+    let listing = Listing::new(guest, TABLE)?;
+    process::for_each_thread(guest, &listing, selection, sink)
+}
