@@ -1,0 +1,346 @@
+//! What a guest is made of, and the command line that makes it.
+
+use std::fs;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use secmon_truth::{PORT_NAME, Workload};
+
+use crate::acceleration::Acceleration;
+use crate::guest::{Folder, Guest, Running};
+use crate::kernel::Kernel;
+use crate::suite::Suite;
+use crate::{initramfs, spawn};
+
+/// The machine QEMU emulates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    /// `q35`.
+    Q35,
+    /// `pc`, the i440FX.
+    I440fx,
+}
+
+/// How many levels the guest's page tables have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Paging {
+    /// Four; the processor is made without LA57.
+    FourLevel,
+    /// Five, where the kernel is built with it.
+    FiveLevel,
+}
+
+/// What QEMU keeps the guest's memory in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// Whatever QEMU does without any option.
+    Plain,
+    /// A shared file: `memory-backend-file,share=on`.
+    File,
+    /// A shared anonymous file: `memory-backend-memfd,share=on`.
+    Memfd,
+}
+
+/// Whether the guest has a QMP socket that others can connect to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QmpAccess {
+    /// None. The lab's own monitor has no name to find it by.
+    None,
+    /// A UNIX socket, [`Guest::qmp_socket`].
+    Socket,
+}
+
+/// Describes a guest, then boots it.
+#[derive(Debug, Clone)]
+pub struct GuestBuilder {
+    suite: Suite,
+    name: Option<String>,
+    memory_mib: u32,
+    machine: Machine,
+    paging: Paging,
+    processor: String,
+    vcpus: u32,
+    backing: Backing,
+    qmp: QmpAccess,
+    kernel_arguments: Vec<String>,
+    qemu_arguments: Vec<String>,
+    workload: Workload,
+    acceleration: Option<Acceleration>,
+    boot_timeout: Duration,
+}
+
+impl GuestBuilder {
+    /// A q35 machine with 512 MiB in a shared file, one vCPU, four-level
+    /// paging, a QMP socket and the small workload.
+    #[must_use]
+    pub fn new(suite: Suite) -> Self {
+        Self {
+            suite,
+            name: None,
+            memory_mib: 512,
+            machine: Machine::Q35,
+            paging: Paging::FourLevel,
+            // QEMU 7.2 loses the flags in CMPXCHG16B when an interrupt comes
+            // at the wrong moment; kernels from 6.12 on then die of it in
+            // one boot of ten or twenty. Without the instruction they take
+            // another way.
+            processor: "max,cx16=off".to_owned(),
+            vcpus: 1,
+            backing: Backing::File,
+            qmp: QmpAccess::Socket,
+            kernel_arguments: Vec::new(),
+            qemu_arguments: Vec::new(),
+            workload: Workload::small(),
+            acceleration: None,
+            boot_timeout: Duration::from_secs(120),
+        }
+    }
+
+    /// The name QEMU gets (`-name`); one of the lab's own otherwise.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// The size of its memory in MiB.
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u32) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(mut self, machine: Machine) -> Self {
+        self.machine = machine;
+        self
+    }
+
+    /// The depth of its page tables.
+    #[must_use]
+    pub fn paging(mut self, paging: Paging) -> Self {
+        self.paging = paging;
+        self
+    }
+
+    /// The processor as in `-cpu`, without `la57`, which
+    /// [`GuestBuilder::paging`] sets; `max,cx16=off` unless told.
+    #[must_use]
+    pub fn processor(mut self, processor: impl Into<String>) -> Self {
+        self.processor = processor.into();
+        self
+    }
+
+    /// How many vCPUs.
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u32) -> Self {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// Where its memory is kept.
+    #[must_use]
+    pub fn backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// Whether it has a QMP socket for others.
+    #[must_use]
+    pub fn qmp(mut self, qmp: QmpAccess) -> Self {
+        self.qmp = qmp;
+        self
+    }
+
+    /// One more argument on the kernel's command line (`nokaslr`, `pti=on`).
+    #[must_use]
+    pub fn kernel_argument(mut self, argument: impl Into<String>) -> Self {
+        self.kernel_arguments.push(argument.into());
+        self
+    }
+
+    /// One more argument on QEMU's command line.
+    #[must_use]
+    pub fn qemu_argument(mut self, argument: impl Into<String>) -> Self {
+        self.qemu_arguments.push(argument.into());
+        self
+    }
+
+    /// What the guest does once it is up.
+    #[must_use]
+    pub fn workload(mut self, workload: Workload) -> Self {
+        self.workload = workload;
+        self
+    }
+
+    /// KVM or emulation, instead of what is usable.
+    #[must_use]
+    pub fn acceleration(mut self, acceleration: Acceleration) -> Self {
+        self.acceleration = Some(acceleration);
+        self
+    }
+
+    /// How long the boot and the making of the workload may take.
+    #[must_use]
+    pub fn boot_timeout(mut self, boot_timeout: Duration) -> Self {
+        self.boot_timeout = boot_timeout;
+        self
+    }
+
+    /// Boots it and waits until its workload stands.
+    pub fn boot(self) -> Result<Guest> {
+        ensure!(
+            self.paging == Paging::FourLevel || self.suite.has_five_level_paging(),
+            "Debian's kernel {} is built without five-level paging",
+            self.suite
+        );
+        let kernel = Kernel::fetch(self.suite)?;
+        let acceleration = self
+            .acceleration
+            .unwrap_or_else(|| self.usable_acceleration());
+        let folder = Folder::make(self.memory_mib)?;
+        initramfs::write(&folder.path().join("initramfs"), &kernel, &self.workload)?;
+        let name = self.name.clone().unwrap_or_else(|| {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            format!(
+                "secmon-lab-{}-{}-{}",
+                self.suite,
+                std::process::id(),
+                NEXT.fetch_add(1, Ordering::Relaxed)
+            )
+        });
+        let (truth, truth_end) = UnixStream::pair()?;
+        let (control, control_end) = UnixStream::pair()?;
+        let inherited = [OwnedFd::from(truth_end), OwnedFd::from(control_end)];
+        let mut command = self.command(&name, &kernel, acceleration, folder.path(), &inherited);
+        let errors = fs::File::create(folder.path().join("qemu.log"))?;
+        command
+            .stdin(Stdio::null())
+            .stdout(errors.try_clone()?)
+            .stderr(errors);
+        let child = spawn::start(command, inherited.into())
+            .context("cannot start qemu-system-x86_64: is qemu-system-x86 installed?")?;
+        Guest::wait_until_ready(
+            Running {
+                child,
+                folder,
+                name,
+                kernel,
+                acceleration,
+                memory_mib: self.memory_mib,
+                backing: self.backing,
+                qmp: self.qmp,
+            },
+            truth,
+            control,
+            self.boot_timeout,
+        )
+    }
+
+    /// KVM can't make up LA57 on a processor without it.
+    fn usable_acceleration(&self) -> Acceleration {
+        let host_has_la57 = || {
+            fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| {
+                text.lines()
+                    .find(|line| line.starts_with("flags"))
+                    .is_some_and(|line| line.split_whitespace().any(|flag| flag == "la57"))
+            })
+        };
+        if self.paging == Paging::FiveLevel && !host_has_la57() {
+            return Acceleration::Tcg;
+        }
+        Acceleration::usable()
+    }
+
+    fn command(
+        &self,
+        name: &str,
+        kernel: &Kernel,
+        acceleration: Acceleration,
+        folder: &Path,
+        inherited: &[OwnedFd; 2],
+    ) -> Command {
+        let file = |name: &str| folder.join(name).display().to_string();
+        let size = self.memory_mib;
+        let machine = match self.machine {
+            Machine::Q35 => "q35",
+            Machine::I440fx => "pc",
+        };
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-name", name, "-nodefaults", "-no-user-config"]);
+        command.args(["-display", "none", "-no-reboot"]);
+        command.args(["-accel", acceleration.name()]);
+        let backend = match self.backing {
+            Backing::Plain => None,
+            Backing::File => Some(format!(
+                "memory-backend-file,id=ram,size={size}M,mem-path={},share=on",
+                file(RAM_FILE)
+            )),
+            Backing::Memfd => Some(format!("memory-backend-memfd,id=ram,size={size}M,share=on")),
+        };
+        match backend {
+            Some(backend) => {
+                command.args(["-machine", &format!("{machine},memory-backend=ram")]);
+                command.args(["-object", &backend]);
+            }
+            None => {
+                command.args(["-machine", machine]);
+            }
+        }
+        let la57 = match self.paging {
+            Paging::FourLevel => "off",
+            Paging::FiveLevel => "on",
+        };
+        command.args(["-cpu", &format!("{},la57={la57}", self.processor)]);
+        command.args(["-m", &format!("{size}M")]);
+        command.args(["-smp", &self.vcpus.to_string()]);
+        command.args(["-kernel", &kernel.image().display().to_string()]);
+        command.args(["-initrd", &file("initramfs")]);
+        command.args(["-append", &self.kernel_command_line()]);
+        command.args(["-serial", &format!("file:{}", file(SERIAL_LOG))]);
+        let [truth, control] = inherited;
+        command.args([
+            "-chardev",
+            &format!("socket,id=truth,fd={}", truth.as_raw_fd()),
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            &format!("virtserialport,chardev=truth,name={PORT_NAME}"),
+            "-chardev",
+            &format!("socket,id=control,fd={}", control.as_raw_fd()),
+            "-mon",
+            "chardev=control,mode=control",
+        ]);
+        if self.workload.rich {
+            // An interface without a network behind it.
+            command.args(["-netdev", "hubport,hubid=0,id=network"]);
+            command.args(["-device", "virtio-net-pci,netdev=network,romfile="]);
+        }
+        if self.qmp == QmpAccess::Socket {
+            let socket = file(QMP_SOCKET);
+            command.args(["-qmp", &format!("unix:{socket},server=on,wait=off")]);
+        }
+        command.args(&self.qemu_arguments);
+        command
+    }
+
+    fn kernel_command_line(&self) -> String {
+        // A panic ends QEMU at once (with -no-reboot), instead of the wait.
+        let mut words = vec!["console=ttyS0", "quiet", "panic=-1"];
+        words.extend(self.kernel_arguments.iter().map(String::as_str));
+        words.join(" ")
+    }
+}
+
+/// The file with the guest's memory, in its folder.
+pub(crate) const RAM_FILE: &str = "ram";
+/// The console's text.
+pub(crate) const SERIAL_LOG: &str = "serial.log";
+/// The public monitor.
+pub(crate) const QMP_SOCKET: &str = "qmp.sock";

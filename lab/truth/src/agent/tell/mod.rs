@@ -1,0 +1,93 @@
+//! The guest's truth, a file a section.
+
+pub mod bpf;
+pub mod files;
+pub mod info;
+pub mod interfaces;
+pub mod kmsg;
+pub mod maps;
+pub mod modules;
+pub mod mounts;
+pub mod namespaces;
+mod netlink;
+pub mod processes;
+pub mod sockets;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use secmon_truth::ByteString;
+
+/// The numbers among a folder's entries (`/proc`, `task`, `fd`), sorted. The
+/// folder is closed again before they are looked at, so that a process that
+/// reads its own descriptors doesn't find this one.
+fn numbers(folder: &str) -> io::Result<Vec<i32>> {
+    let mut numbers: Vec<i32> = fs::read_dir(folder)?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// All process ids.
+fn pids() -> io::Result<Vec<i32>> {
+    numbers("/proc")
+}
+
+/// A symbolic link's text.
+fn link(path: &str) -> Option<ByteString> {
+    fs::read_link(path)
+        .ok()
+        .map(|target| ByteString::from(target.as_os_str().as_bytes()))
+}
+
+/// The inode number in a namespace link (`net:[4026531840]`).
+fn namespace_inode(path: &str) -> Option<u64> {
+    let target = fs::read_link(path).ok()?;
+    let text = target.to_str()?;
+    text.split_once('[')?.1.strip_suffix(']')?.parse().ok()
+}
+
+/// Undoes the `\ooo` escapes of `mountinfo` and `maps`: those named in
+/// `escaped` only, because a backslash may also stand for itself.
+fn unescape_octal(text: &[u8], escaped: &[u8]) -> ByteString {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut at = 0;
+    while at < text.len() {
+        let value = text
+            .get(at + 1..at + 4)
+            .filter(|_| text[at] == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok())
+            .filter(|value| escaped.contains(value));
+        match value {
+            Some(value) => {
+                bytes.push(value);
+                at += 4;
+            }
+            None => {
+                bytes.push(text[at]);
+                at += 1;
+            }
+        }
+    }
+    ByteString(bytes)
+}
+
+/// A small text file without the newline at its end.
+fn text_of(path: impl AsRef<Path>) -> Option<String> {
+    fs::read(path).ok().map(|bytes| {
+        String::from_utf8_lossy(&bytes)
+            .trim_end_matches('\n')
+            .to_owned()
+    })
+}
+
+/// A file's bytes as a path-like string.
+fn os_bytes(text: &OsStr) -> ByteString {
+    ByteString::from(text.as_bytes())
+}
