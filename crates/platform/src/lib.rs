@@ -4,5 +4,7 @@
 //! It knows hypervisors and file formats, and nothing of guests.
 
 pub mod image;
+pub mod ivshmem;
 pub mod layout;
 pub mod qemu;
+pub mod target;

@@ -14,6 +14,7 @@ use secmon_platform::qemu::{
     Access, LayoutSource, QemuError, QemuOptions, QemuTarget, QmpClient, QmpUse, Reach, Selector,
     SkipReason, discover, open,
 };
+use secmon_platform::target::{OpenOptions, Target, targets};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -458,4 +459,65 @@ fn what_is_no_target_is_told_apart() {
         matches!(&unknown, Err(QemuError::UnknownMachine { machine, .. }) if machine == "microvm"),
         "{unknown:?}"
     );
+}
+
+#[test]
+fn a_file_that_is_the_ram_of_a_qemu_is_live() {
+    let backend = "memory-backend-file,id=m,size=3G,mem-path=ram,share=on";
+    let mut machine = Machine::start(&[
+        "-m",
+        "3G",
+        "-object",
+        backend,
+        "-machine",
+        "q35,memory-backend=m",
+    ]);
+    machine.run_firmware();
+    let path = machine.path("ram");
+    let target = Target::File(path.clone());
+    let opened = target.open(&OpenOptions::default()).expect("a target");
+    assert_eq!(opened.is_alive(), Some(true));
+    assert_eq!(opened.memory.volatility(), Volatility::Live);
+    assert_eq!(opened.memory.regions().len(), 2, "the machine is known");
+    assert!(
+        opened.notes.iter().any(|note| note.contains("live")),
+        "{opened:?}"
+    );
+    let live = opened.qemu.expect("a process");
+    compare(&mut machine, &live);
+    // Without the process it is an image like any other.
+    machine.kill();
+    let opened = target.open(&OpenOptions::default()).expect("an image");
+    assert_eq!(opened.is_alive(), None);
+    assert_eq!(opened.memory.volatility(), Volatility::Static);
+    assert_eq!(opened.pause, None);
+}
+
+#[test]
+fn targets_are_listed_with_what_to_give() {
+    let name = format!("listed-{}", std::process::id());
+    let arguments = ["-S", "-m", "256", "-name", &name, "-machine", "q35"];
+    let named = Machine::start(&[&arguments[..], &["-qmp", "unix:q,server,nowait"]].concat());
+    let unnamed = Machine::start(&["-S", "-m", "128"]);
+    let rows = targets(std::path::Path::new("/nonexistent"));
+    let row = |pid| {
+        let row = rows.iter().find(|row| row.pid == Some(pid));
+        row.cloned().expect("a row")
+    };
+    let first = row(named.pid());
+    assert_eq!(first.target, Some(format!("qemu:{name}")));
+    assert_eq!(first.ram, Some(256 * MIB));
+    assert_eq!(first.machine.as_deref(), Some("q35"));
+    assert_eq!(first.access.as_deref(), Some("process memory"));
+    assert_eq!(first.pause.as_deref(), Some("QMP"));
+    assert_eq!(first.problem, None);
+    let second = row(unnamed.pid());
+    assert_eq!(second.target, Some(format!("qemu:{}", unnamed.pid())));
+    assert_eq!(second.pause.as_deref(), Some("signal"));
+    for row in [first, second] {
+        let target: Target = row.target.expect("a target").parse().expect("a target");
+        let opened = target.open(&OpenOptions::default()).expect("it opens");
+        assert_eq!(opened.memory.size(), row.ram.expect("a size"));
+        assert!(opened.pause.is_some());
+    }
 }

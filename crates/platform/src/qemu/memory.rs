@@ -14,19 +14,16 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{PidfdFlags, pidfd_open};
 use secmon_memory::{
     LayoutError, MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility,
 };
 
-use super::process::{ProcessId, folder};
+use super::process::{ProcessHandle, ProcessId, folder};
 
 /// Where a region of guest RAM lies in QEMU's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +38,7 @@ pub struct HostRegion {
 #[derive(Debug)]
 enum Channel {
     File(File),
-    Call { pid: Pid, descriptor: OwnedFd },
+    Call { pid: Pid },
 }
 
 /// The guest RAM inside of a running QEMU process.
@@ -51,7 +48,7 @@ enum Channel {
 /// where that is too slow.
 #[derive(Debug)]
 pub struct ProcessMemory {
-    process: ProcessId,
+    process: ProcessHandle,
     channel: Channel,
     pieces: Vec<HostRegion>,
     regions: Vec<MemoryRegion>,
@@ -97,26 +94,21 @@ impl ProcessMemory {
                 return Err(invalid(LayoutError::Overlap(first, second)));
             }
         }
-        let memory = Self {
-            process,
-            channel: open_channel(process, pieces.first())?,
-            regions: pieces.iter().map(|piece| piece.region).collect(),
-            pieces,
-        };
+        let channel = open_channel(process, pieces.first())?;
         // What was opened is the process that was meant, not a later one with
         // its number.
-        if !process.is_alive() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "the process has ended",
-            ));
-        }
-        Ok(memory)
+        let process = ProcessHandle::open(process)?;
+        Ok(Self {
+            process,
+            channel,
+            regions: pieces.iter().map(|piece| piece.region).collect(),
+            pieces,
+        })
     }
 
     /// The process read from.
     pub fn process(&self) -> ProcessId {
-        self.process
+        self.process.id
     }
 
     /// The name of the way memory is read: `/proc/PID/mem` or
@@ -135,7 +127,7 @@ impl ProcessMemory {
         &self,
         requests: &mut [ReadRequest<'_>],
     ) -> Vec<Result<(), PhysicalReadError>> {
-        let Channel::Call { pid, descriptor } = &self.channel else {
+        let Channel::Call { pid } = &self.channel else {
             return self.read_each(requests);
         };
         let mut results = Vec::with_capacity(requests.len());
@@ -158,8 +150,7 @@ impl ProcessMemory {
                     .iter_mut()
                     .map(|request| IoSliceMut::new(request.buffer))
                     .collect();
-                process_vm_readv(*pid, &mut local, &remote) == Ok(wanted)
-                    && has_not_ended(descriptor)
+                process_vm_readv(*pid, &mut local, &remote) == Ok(wanted) && self.process.is_alive()
             });
             if complete {
                 results.extend(group.iter().map(|_| Ok(())));
@@ -186,7 +177,7 @@ impl ProcessMemory {
     }
 
     fn failed(&self, address: u64, error: &io::Error) -> PhysicalReadError {
-        let pid = self.process.pid;
+        let pid = self.process.id.pid;
         let reason = if self.process.is_alive() {
             format!("QEMU process {pid}: {error}")
         } else {
@@ -223,6 +214,10 @@ impl PhysicalMemory for ProcessMemory {
             self.channel
                 .read(piece.host_address + inside, now)
                 .map_err(|(read, error)| self.failed(position + read as u64, &error))?;
+            // A later process may have got the number.
+            if matches!(self.channel, Channel::Call { .. }) && !self.process.is_alive() {
+                return Err(self.failed(position, &io::ErrorKind::UnexpectedEof.into()));
+            }
             position = position.wrapping_add(count);
             rest = later;
         }
@@ -239,16 +234,13 @@ impl Channel {
             let address = host_address + done as u64;
             let count = match self {
                 Self::File(file) => file.read_at(rest, address),
-                Self::Call { pid, descriptor } => {
+                Self::Call { pid } => {
                     let remote = [RemoteIoVec {
                         base: address as usize,
                         len: rest.len(),
                     }];
-                    let count = process_vm_readv(*pid, &mut [IoSliceMut::new(rest)], &remote);
-                    match count {
-                        Ok(_) if !has_not_ended(descriptor) => Ok(0),
-                        count => count.map_err(io::Error::from),
-                    }
+                    process_vm_readv(*pid, &mut [IoSliceMut::new(rest)], &remote)
+                        .map_err(io::Error::from)
                 }
             };
             match count {
@@ -272,29 +264,14 @@ fn open_channel(process: ProcessId, piece: Option<&HostRegion>) -> io::Result<Ch
     let (Some(piece), Ok(pid)) = (piece, i32::try_from(process.pid)) else {
         return Err(refused);
     };
-    let Some(of_pid) = rustix::process::Pid::from_raw(pid) else {
-        return Err(refused);
-    };
     let channel = Channel::Call {
         pid: Pid::from_raw(pid),
-        descriptor: pidfd_open(of_pid, PidfdFlags::empty())?,
     };
     match channel.read(piece.host_address, &mut [0]) {
         Ok(()) => Ok(channel),
         Err((_, error)) if error.raw_os_error() == Some(Errno::ENOSYS as i32) => Err(refused),
         Err((_, error)) => Err(error),
     }
-}
-
-/// Whether the process behind the descriptor still runs: it becomes readable
-/// with the process's end.
-fn has_not_ended(descriptor: &OwnedFd) -> bool {
-    let mut polled = [PollFd::new(descriptor, PollFlags::IN)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    matches!(poll(&mut polled, Some(&now)), Ok(0))
 }
 
 /// Reads any memory of a process, for looking through QEMU's own data.
@@ -335,11 +312,7 @@ mod tests {
         let pieces = vec![piece(0x1_0000, 0x1000, 0), piece(0, 0x1000, 0x1000)];
         let mut memory = ProcessMemory::open(process, pieces).expect("own memory");
         if call {
-            let this = rustix::process::getpid();
-            memory.channel = Channel::Call {
-                pid: Pid::this(),
-                descriptor: pidfd_open(this, PidfdFlags::empty()).expect("a descriptor"),
-            };
+            memory.channel = Channel::Call { pid: Pid::this() };
         }
         memory
     }

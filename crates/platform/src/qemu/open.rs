@@ -9,12 +9,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secmon_memory::{MapError, MappedMemory, MemoryRegion, PhysicalMemory, Volatility};
+use secmon_memory::{
+    MapError, MappedMemory, MemoryRegion, PhysicalAddress, PhysicalMemory, Volatility,
+};
 
 use super::discovery::{self, Inspection, QemuProcess};
 use super::locate::{self, BlockRecord};
 use super::memory::{ForeignMemory, HostRegion, ProcessMemory};
-use super::process::{self, Mapping, ProcessId};
+use super::process::{self, Mapping, ProcessHandle, ProcessId};
 use super::qmp::{DEFAULT_TIMEOUT, QmpClient, QmpError};
 use crate::layout::{Machine, MtreeError, RamLayout, block_layout, parse_mtree};
 
@@ -143,8 +145,12 @@ pub struct QemuTarget {
     pub access: Access,
     /// Who said where it lies.
     pub layout_source: LayoutSource,
+    /// The page-table roots of the vCPUs that have paging on, without
+    /// repetition, where QMP was asked for them.
+    pub page_table_roots: Vec<PhysicalAddress>,
     /// What a user should know: what could not be confirmed, what is missing.
     pub notes: Vec<String>,
+    handle: ProcessHandle,
 }
 
 impl fmt::Debug for QemuTarget {
@@ -163,7 +169,7 @@ impl QemuTarget {
     /// Whether QEMU still runs. A mapped file goes on giving the guest's last
     /// memory after its end.
     pub fn is_alive(&self) -> bool {
-        self.process.id.is_alive()
+        self.handle.is_alive()
     }
 }
 
@@ -366,6 +372,7 @@ pub fn open_process(process: QemuProcess, options: &QemuOptions) -> Result<QemuT
         options,
         mappings,
         notes: Vec::new(),
+        page_table_roots: Vec::new(),
     };
     if process.command_line.confidential {
         opening.notes.push(
@@ -385,11 +392,14 @@ pub fn open_process(process: QemuProcess, options: &QemuOptions) -> Result<QemuT
     };
     let (memory, access) = opening.map_or_read(&pieces)?;
     let notes = opening.notes;
+    let page_table_roots = opening.page_table_roots;
     Ok(QemuTarget {
+        handle: handle(process.id)?,
         process,
         memory,
         access,
         layout_source,
+        page_table_roots,
         notes,
     })
 }
@@ -400,6 +410,7 @@ struct Opening<'a> {
     options: &'a QemuOptions,
     mappings: Vec<Mapping>,
     notes: Vec<String>,
+    page_table_roots: Vec<PhysicalAddress>,
 }
 
 /// Where a block of main RAM was found.
@@ -436,7 +447,11 @@ impl Opening<'_> {
         };
         let pieces = QmpClient::connect(&path, self.options.timeout)
             .map_err(QemuError::from)
-            .and_then(|mut client| self.pieces_from_qmp(&mut client));
+            .and_then(|mut client| {
+                let pieces = self.pieces_from_qmp(&mut client)?;
+                self.ask_page_table_roots(&mut client);
+                Ok(pieces)
+            });
         match pieces {
             Ok(pieces) => Ok(Some(pieces)),
             Err(error) if required => Err(error),
@@ -444,6 +459,17 @@ impl Opening<'_> {
                 self.notes
                     .push(format!("{error}; RAM was located without QMP"));
                 Ok(None)
+            }
+        }
+    }
+
+    /// A hint, no more: a QEMU that does not tell is no worse a target.
+    fn ask_page_table_roots(&mut self, client: &mut QmpClient) {
+        for registers in client.registers().unwrap_or_default() {
+            let root = PhysicalAddress::new(registers.cr3);
+            // CR0.PG
+            if registers.cr0 & (1 << 31) != 0 && !self.page_table_roots.contains(&root) {
+                self.page_table_roots.push(root);
             }
         }
     }
@@ -850,11 +876,22 @@ fn open_stated_file(
         path.display()
     )];
     Ok(QemuTarget {
+        handle: handle(process.id)?,
         process,
         memory: Arc::new(memory),
         access: Access::MappedFile(path),
         layout_source,
+        page_table_roots: Vec::new(),
         notes,
+    })
+}
+
+/// A hold on the process that tells whether it still runs.
+fn handle(id: ProcessId) -> Result<ProcessHandle, QemuError> {
+    ProcessHandle::open(id).map_err(|source| QemuError::Host {
+        pid: id.pid,
+        what: "taking hold of it",
+        source,
     })
 }
 

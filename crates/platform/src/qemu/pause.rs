@@ -23,7 +23,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, BufRead, BufReader, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
@@ -32,9 +32,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal as NixSignal};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 
-use super::process::{self, ProcessId};
+use super::process::{self, ProcessHandle, ProcessId};
 use super::qmp::{DEFAULT_TIMEOUT, QmpClient, QmpError};
 
 /// How long is tried to resume a guest whose QEMU does not answer.
@@ -459,38 +459,23 @@ fn resume_through_qmp(mut client: QmpClient, path: &std::path::Path) -> Result<(
 }
 
 /// A process that can be signalled without mistaking a later one for it.
-struct Signalled {
-    process: ProcessId,
-    descriptor: OwnedFd,
-}
+struct Signalled(ProcessHandle);
 
 impl Signalled {
     fn open(process: ProcessId) -> Result<Self, PauseError> {
-        let failed = |source| PauseError::Signal {
+        let handle = ProcessHandle::open(process).map_err(|source| PauseError::Signal {
             pid: process.pid,
             source,
-        };
-        let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
-        let descriptor =
-            pidfd_open(pid, PidfdFlags::empty()).map_err(|error| failed(error.into()))?;
-        // The descriptor's process is alive, and the number was its own all
-        // along if its start is still the same.
-        if !process.is_alive() {
-            return Err(failed(io::ErrorKind::NotFound.into()));
-        }
-        Ok(Self {
-            process,
-            descriptor,
-        })
+        })?;
+        Ok(Self(handle))
     }
 
     fn send(&self, signal: Signal) -> Result<(), PauseError> {
-        match pidfd_send_signal(&self.descriptor, signal) {
+        match pidfd_send_signal(self.0.descriptor(), signal) {
             // It has ended: nothing to stop or resume.
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(PauseError::Signal {
-                pid: self.process.pid,
+                pid: self.0.id.pid,
                 source: error.into(),
             }),
         }
@@ -498,7 +483,7 @@ impl Signalled {
 
     /// Whether every thread stands still.
     fn all_stopped(&self) -> bool {
-        process::all_threads_stopped(self.process.pid)
+        process::all_threads_stopped(self.0.id.pid)
     }
 }
 

@@ -5,8 +5,12 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// The most bytes read of one file of `/proc`; a QEMU with thousands of
 /// mappings has a few hundred KiB of `maps`.
@@ -43,6 +47,44 @@ impl ProcessId {
     pub fn state(self) -> Option<u8> {
         let stat = Stat::read(self.pid).ok()?;
         (stat.start_time == self.start_time).then_some(stat.state)
+    }
+}
+
+/// A process that can be asked whether it still runs, also from inside of a
+/// sandbox that has no `/proc`.
+#[derive(Debug)]
+pub(super) struct ProcessHandle {
+    pub id: ProcessId,
+    /// Readable once the process has ended.
+    descriptor: OwnedFd,
+}
+
+impl ProcessHandle {
+    /// # Errors
+    /// The host's; `NotFound` if the process is not the one meant, or has
+    /// ended.
+    pub fn open(id: ProcessId) -> io::Result<Self> {
+        let pid = i32::try_from(id.pid).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or(io::ErrorKind::NotFound)?;
+        let descriptor = pidfd_open(pid, PidfdFlags::empty())?;
+        // The number belonged to the one meant until after it was opened.
+        if !id.is_alive() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(Self { id, descriptor })
+    }
+
+    pub fn descriptor(&self) -> &OwnedFd {
+        &self.descriptor
+    }
+
+    pub fn is_alive(&self) -> bool {
+        let mut polled = [PollFd::new(&self.descriptor, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        matches!(poll(&mut polled, Some(&now)), Ok(0))
     }
 }
 
