@@ -32,6 +32,8 @@ pub fn tables() -> &'static [&'static dyn Table] {
         &linux::namespaces::NAMESPACES,
         &linux::credentials::CREDENTIALS,
         &diagnostic_table::DIAGNOSTICS,
+        &linux::files::FILES,
+        &linux::maps::MAPS,
         &linux::kmsg::KMSG,
         &linux::module::MODULES,
     ];

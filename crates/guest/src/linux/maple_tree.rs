@@ -264,7 +264,13 @@ impl MapleModel {
         settle(space, diagnostics, || self.walk(space, tree, limit))
     }
 
-    fn walk(&self, space: &AddressSpace, tree: VirtualAddress, limit: usize) -> Walk<Range> {
+    /// As [`entries`](Self::entries), once, whatever happens meanwhile.
+    pub(crate) fn walk(
+        &self,
+        space: &AddressSpace,
+        tree: VirtualAddress,
+        limit: usize,
+    ) -> Walk<Range> {
         let mut walk = Walk::default();
         let root = match space.read_u64(tree.wrapping_add(self.root)) {
             Ok(root) => root,

@@ -666,6 +666,35 @@ impl Paths {
         }))
     }
 
+    /// `dentry.d_inode`, or `None` for a dentry without one.
+    pub(crate) fn inode_of(&self, guest: &Guest, dentry: VirtualAddress) -> Option<VirtualAddress> {
+        guest
+            .pointer(dentry, &self.dentry.inode)
+            .ok()
+            .filter(|inode| is_kernel_pointer(*inode))
+    }
+
+    /// Whether the mount is one of the kernel's own (`MNT_NS_INTERNAL`), in
+    /// no namespace.
+    pub(crate) fn is_kernel_mount(&self, guest: &Guest, vfsmount: VirtualAddress) -> bool {
+        let base = vfsmount.wrapping_sub(self.mount.vfsmount.offset);
+        is_kernel_pointer(vfsmount)
+            && guest
+                .pointer(base, &self.mount.namespace)
+                .is_ok_and(is_error)
+    }
+
+    /// Whether a mount and a dentry belong to the same file system, as those
+    /// of a path do.
+    pub(crate) fn agrees(&self, guest: &Guest, path: PathPointer) -> bool {
+        if !is_kernel_pointer(path.mount) || !is_kernel_pointer(path.dentry) {
+            return false;
+        }
+        let base = path.mount.wrapping_sub(self.mount.vfsmount.offset);
+        let mounted = guest.pointer(base, &self.mount.superblock);
+        mounted.is_ok() && mounted == guest.pointer(path.dentry, &self.dentry.superblock)
+    }
+
     fn inode_number(&self, guest: &Guest, inode: VirtualAddress) -> Result<u64, PathError> {
         let address = kernel_pointer("dentry.d_inode", inode)?;
         let what = "inode.i_ino";

@@ -47,7 +47,12 @@ pub fn nodes(
     settle(space, diagnostics, || walk(space, root, limit))
 }
 
-fn walk(space: &AddressSpace, root: VirtualAddress, limit: usize) -> Walk<VirtualAddress> {
+/// As [`nodes`], once, whatever happens meanwhile.
+pub(crate) fn walk(
+    space: &AddressSpace,
+    root: VirtualAddress,
+    limit: usize,
+) -> Walk<VirtualAddress> {
     let mut walk = Walk::default();
     let mut seen = HashSet::new();
     // Nodes whose left side has been entered: the node and its right child.

@@ -120,6 +120,14 @@ impl<T> Walk<T> {
         }
     }
 
+    /// The same walk over other entries.
+    pub(crate) fn map<U>(self, entry: impl FnMut(T) -> U) -> Walk<U> {
+        Walk {
+            items: self.items.into_iter().map(entry).collect(),
+            errors: self.errors,
+        }
+    }
+
     /// The entries, after all errors became diagnostics of `table` about
     /// `subject`.
     pub fn report(self, guest: &Guest, table: &'static str, subject: &str) -> Vec<T> {
