@@ -36,6 +36,8 @@ pub fn tables() -> &'static [&'static dyn Table] {
         &linux::maps::MAPS,
         &linux::kmsg::KMSG,
         &linux::module::MODULES,
+        &linux::net::INTERFACES,
+        &linux::net::SOCKETS,
     ];
     TABLES
 }

@@ -1,0 +1,277 @@
+//! All sockets of a guest: those in the kernel's tables, and those that only
+//! an open file leads to. Each is given once and says which of the two it was.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::ControlFlow;
+use std::sync::{Arc, OnceLock};
+
+use secmon_memory::{VirtualAddress, Volatility};
+
+use super::device::devices;
+use super::namespace::{NetworkNamespace, namespaces};
+use super::owner::{Owner, Owners};
+use super::sock::{
+    AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, Form, Sock, SockError, SockModel,
+    SocketLayout, inode_of,
+};
+use super::tables::{Source, Tables};
+use crate::linux::list::is_object_address;
+use crate::{Diagnostic, Guest, TableError, Text};
+
+/// What all sockets of one listing share.
+pub struct Context {
+    table: &'static str,
+    owners: Owners,
+    namespaces: Vec<NetworkNamespace>,
+    inodes: HashMap<VirtualAddress, u64>,
+    interfaces: OnceLock<HashMap<(VirtualAddress, u64), Text>>,
+}
+
+impl Context {
+    fn read(guest: &Guest, table: &'static str) -> Result<Self, TableError> {
+        let namespaces = namespaces(guest, table)?;
+        let owners = Owners::read(guest, table).unwrap_or_else(|error| {
+            guest.diagnostics().record(Diagnostic {
+                table,
+                subject: "files_struct".to_owned(),
+                address: None,
+                reason: format!("sockets are without their owners: {error}"),
+            });
+            Owners::default()
+        });
+        let inodes = namespaces
+            .iter()
+            .map(|namespace| (namespace.address, namespace.inode))
+            .collect();
+        Ok(Self {
+            table,
+            owners,
+            namespaces,
+            inodes,
+            interfaces: OnceLock::new(),
+        })
+    }
+
+    /// The name of the interface with that number.
+    pub fn interface(&self, guest: &Guest, net: VirtualAddress, index: u64) -> Option<Text> {
+        let names = self.interfaces.get_or_init(|| {
+            let mut names = HashMap::new();
+            for namespace in &self.namespaces {
+                let devices = devices(guest, self.table, *namespace).unwrap_or_default();
+                for device in devices {
+                    names.insert(
+                        (namespace.address, device.index()),
+                        Text::new(device.name.as_slice()),
+                    );
+                }
+            }
+            names
+        });
+        names.get(&(net, index)).cloned()
+    }
+}
+
+/// A socket of the listing.
+pub struct Socket {
+    /// The socket.
+    pub sock: Sock,
+    /// The table that it was found in; none if only a file led to it.
+    pub source: Option<Source>,
+    /// The number of its inode: 0 if no user holds it (any more).
+    pub inode: Result<u64, String>,
+    context: Arc<Context>,
+}
+
+impl Socket {
+    /// What the listing shares.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// Who has it open.
+    pub fn owners(&self) -> &[Owner] {
+        match self.sock.socket() {
+            Some(socket) => self.context.owners.of(socket),
+            None => &[],
+        }
+    }
+
+    /// The inode number of its network namespace, if that is a known one.
+    pub fn namespace_inode(&self) -> Option<u64> {
+        if self.sock.namespace.is_null() {
+            return self.context.namespaces.first().map(|net| net.inode);
+        }
+        self.context.inodes.get(&self.sock.namespace).copied()
+    }
+
+    /// Whether there is an open file behind it.
+    ///
+    /// # Errors
+    /// The reason why that can't be told.
+    pub fn has_file(&self, guest: &Guest) -> Result<bool, String> {
+        let Some(socket) = self.sock.socket() else {
+            return Ok(false);
+        };
+        let layout = guest
+            .layout::<SocketLayout>(self.context.table)
+            .map_err(|error| error.to_string())?;
+        guest
+            .pointer(socket, &layout.file)
+            .map(|file| !file.is_null())
+            .map_err(|error| error.to_string())
+    }
+}
+
+/// Whether the socket is linked into a chain: the pointer at its node's back
+/// link leads to it.
+fn is_linked(guest: &Guest, sock: VirtualAddress, node: u64) -> bool {
+    let node = sock.wrapping_add(node);
+    let space = guest.space();
+    space
+        .read_pointer(node.wrapping_add(8))
+        .is_ok_and(|previous| {
+            is_object_address(space, previous) && space.read_pointer(previous) == Ok(node)
+        })
+}
+
+/// The families that a table holds.
+fn families(source: Source) -> &'static [u16] {
+    match source {
+        Source::Tcp | Source::Udp | Source::Raw | Source::Ping => &[AF_INET, AF_INET6],
+        Source::Unix => &[AF_UNIX],
+        Source::Packet => &[AF_PACKET],
+        Source::Netlink => &[AF_NETLINK],
+    }
+}
+
+/// Gives all sockets to `sink`: first those in tables, then the others.
+///
+/// # Errors
+/// [`TableError`] if the kernel's types or symbols lack what sockets are found
+/// by.
+pub fn sockets(
+    guest: &Guest,
+    table: &'static str,
+    sink: &mut dyn FnMut(Socket) -> ControlFlow<()>,
+) -> Result<(), TableError> {
+    let model = guest.layout::<SockModel>(table)?;
+    let context = Arc::new(Context::read(guest, table)?);
+    let tables = Tables::new(guest, table)?;
+    let mut lister = Lister {
+        guest,
+        table,
+        context: context.clone(),
+        seen: HashSet::new(),
+        sink,
+        flow: ControlFlow::Continue(()),
+    };
+    let (node, bind_node) = (model.layout.node.offset, model.layout.bind_node.offset);
+    tables.walk(&context.namespaces, &mut |address, source| {
+        // Members of a hash table that is not a chain of this kind have no
+        // back links.
+        let is_there = || {
+            source == Source::Netlink
+                || is_linked(guest, address, node)
+                || is_linked(guest, address, bind_node)
+        };
+        lister.found(address, Some(source), families(source), &is_there);
+    });
+    let layout = guest.layout::<SocketLayout>(table)?;
+    for socket in context.owners.sockets() {
+        if lister.flow.is_break() {
+            break;
+        }
+        let sock = match guest.pointer(socket, &layout.sk) {
+            Ok(sock) if is_object_address(guest.space(), sock) => sock,
+            // Being made, or being closed.
+            _ => {
+                lister.left_out(socket, "a socket behind a file has no struct sock");
+                continue;
+            }
+        };
+        let is_there = || guest.pointer(socket, &layout.sk) == Ok(sock);
+        lister.found(sock, None, &[], &is_there);
+    }
+    Ok(())
+}
+
+struct Lister<'l> {
+    guest: &'l Guest,
+    table: &'static str,
+    context: Arc<Context>,
+    seen: HashSet<VirtualAddress>,
+    sink: &'l mut dyn FnMut(Socket) -> ControlFlow<()>,
+    flow: ControlFlow<()>,
+}
+
+impl Lister<'_> {
+    fn left_out(&self, address: VirtualAddress, reason: &str) {
+        if self.guest.space().memory().volatility() == Volatility::Live {
+            self.guest.diagnostics().count_torn_read();
+            return;
+        }
+        self.guest.diagnostics().record(Diagnostic {
+            table: self.table,
+            subject: "socket".to_owned(),
+            address: Some(address),
+            reason: format!("left out: {reason}"),
+        });
+    }
+
+    fn found(
+        &mut self,
+        address: VirtualAddress,
+        source: Option<Source>,
+        families: &[u16],
+        is_there: &dyn Fn() -> bool,
+    ) {
+        if self.flow.is_break() || !self.seen.insert(address) {
+            return;
+        }
+        let sock = match Sock::read(self.guest, self.table, address, families, is_there) {
+            Ok(sock) => sock,
+            Err(SockError::Released) => {
+                self.guest.diagnostics().count_torn_read();
+                // It may come again, in another table.
+                self.seen.remove(&address);
+                return;
+            }
+            Err(error) => {
+                self.guest.diagnostics().record(Diagnostic {
+                    table: self.table,
+                    subject: match source {
+                        Some(source) => format!("sock in the {source:?} table"),
+                        None => "sock".to_owned(),
+                    },
+                    address: Some(address),
+                    reason: format!("left out: {error}"),
+                });
+                return;
+            }
+        };
+        let inode = match (sock.form, sock.socket()) {
+            (Form::Full, Some(socket)) => {
+                inode_of(self.guest, self.table, socket, address).map_err(|error| error.to_string())
+            }
+            _ => Ok(0),
+        };
+        let socket = Socket {
+            sock,
+            source,
+            inode,
+            context: self.context.clone(),
+        };
+        if socket.namespace_inode().is_none() {
+            self.guest.diagnostics().record(Diagnostic {
+                table: self.table,
+                subject: "sock.skc_net".to_owned(),
+                address: Some(address),
+                reason: format!(
+                    "its network namespace {} is in no list: being made, or gone",
+                    socket.sock.namespace
+                ),
+            });
+        }
+        self.flow = (self.sink)(socket);
+    }
+}
