@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use secmon_memory::{MappedMemory, MemoryRegion, PhysicalAddress, PhysicalMemory, Volatility};
-use secmon_profile::{FindOptions, find};
+use secmon_profile::{FindOptions, Search, find};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::args_os().nth(1).ok_or("usage: find FILE")?;
@@ -17,7 +17,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let memory: Arc<dyn PhysicalMemory> = Arc::new(memory);
 
     let start = Instant::now();
-    let kernel = find(&memory, &FindOptions::default())?;
+    let mut options = FindOptions::default();
+    if std::env::args().any(|argument| argument == "--thorough") {
+        options.search = Search::Thorough;
+    }
+    let kernel = find(&memory, &options)?;
     println!("found in {:.1} ms", start.elapsed().as_secs_f64() * 1e3);
     println!("{}", kernel.profile.banner());
     println!("build id {:?}", kernel.profile.build_id());

@@ -6,14 +6,16 @@ use std::sync::Arc;
 
 use secmon_memory::{AddressSpace, PagingMode, PhysicalAddress, PhysicalMemory, VirtualAddress};
 
+use crate::cache::{Folder, Stored};
 use crate::image::Image;
 use crate::locate::{self, BANNER_START, DIGITS, Location};
 use crate::notes::{MAXIMUM_VMCOREINFO, build_ids};
 use crate::tables::{self, Candidate, START_KERNEL_MAP};
 use crate::types::{HEADER_LENGTH, Header};
 use crate::{
-    BtfError, BuildId, Conflict, Evidence, FindError, FindOptions, Isf, Kernel, KernelImage,
-    MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, Subject, Symbols, Types, VmcoreInfo,
+    BtfError, BuildId, CacheOutcome, Conflict, Evidence, FindError, FindOptions, Isf, Kernel,
+    KernelImage, MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, Subject, Symbols, Types,
+    VmcoreInfo,
 };
 
 /// The start of a BTF blob of a kernel, its header's length included.
@@ -52,9 +54,11 @@ pub(crate) struct Attempt<'a> {
     /// Through the candidate's root, whosever it is: it maps the image.
     space: AddressSpace,
     conflicts: Vec<Conflict>,
+    cache: CacheOutcome,
 }
 
 /// What a search of the image's data found, by offset.
+#[derive(Default)]
 struct Sightings {
     digits: Vec<u64>,
     btf: Vec<u64>,
@@ -69,6 +73,7 @@ impl<'a> Attempt<'a> {
             image: Image::new(&**memory, candidate.image),
             space: AddressSpace::new(memory.clone(), candidate.root, candidate.mode),
             conflicts: Vec::new(),
+            cache: CacheOutcome::default(),
         }
     }
 
@@ -78,9 +83,21 @@ impl<'a> Attempt<'a> {
         options: &FindOptions,
         isf: Option<&Isf>,
     ) -> Result<Option<Kernel>, FindError> {
-        let seen = self.look();
-        let Some((symbols, _)) = self.symbols(&seen.digits, isf) else {
-            return Ok(None);
+        let folder = Folder::new(&options.cache).unwrap_or_else(|reason| {
+            self.cache = CacheOutcome::Unavailable(reason);
+            None
+        });
+        let cached = folder.as_ref().and_then(|folder| self.cached(folder));
+        let hit = cached.is_some();
+        let (symbols, location, seen) = match cached {
+            Some((symbols, location)) => (symbols, Some(location), Sightings::default()),
+            None => {
+                let seen = self.look();
+                match self.symbols(&seen.digits, isf) {
+                    Some((symbols, location)) => (symbols, location, seen),
+                    None => return Ok(None),
+                }
+            }
         };
         let banner = self.banner(&symbols, &seen.banners);
         let types = match isf {
@@ -98,11 +115,102 @@ impl<'a> Attempt<'a> {
             symbols,
             types,
         };
-        let from = match isf {
-            Some(_) => ProfileFrom::Isf,
-            None => ProfileFrom::Memory,
+        if let (Some(folder), Some(location), false) = (&folder, location, hit) {
+            self.store(folder, &profile, location);
+        }
+        let from = match (isf, hit) {
+            (Some(_), _) => ProfileFrom::Isf,
+            (None, true) => ProfileFrom::Cache,
+            (None, false) => ProfileFrom::Memory,
         };
         Ok(Some(self.finish(profile, from)))
+    }
+
+    /// The symbols by a profile from the cache, if there is one that was made
+    /// for the very bytes in this image.
+    fn cached(&mut self, folder: &Folder) -> Option<(Symbols, Location)> {
+        for listed in folder.list() {
+            let end = listed
+                .build_id_at
+                .checked_add(listed.build_id.as_bytes().len() as u64);
+            let here = end.and_then(|end| self.image.bytes(listed.build_id_at..end));
+            if here.as_deref() != Some(listed.build_id.as_bytes()) {
+                continue;
+            }
+            let stored = match folder.load(&listed) {
+                Ok(stored) => stored,
+                Err(error) => {
+                    self.cache = CacheOutcome::Rejected {
+                        path: listed.path,
+                        reason: error.to_string(),
+                    };
+                    continue;
+                }
+            };
+            let raw = stored.location.read(&self.image);
+            let Some(raw) = raw.filter(|raw| raw.digest() == stored.digest) else {
+                self.conflict(
+                    Subject::Cache,
+                    "the symbol names in the guest".to_owned(),
+                    format!(
+                        "those seen before in a kernel of build id {}",
+                        listed.build_id
+                    ),
+                    "one of the two was changed or forged its build id; only what is in \
+                     the guest at hand is used",
+                );
+                continue;
+            };
+            let location = stored.location;
+            let symbols = location.symbols(&self.image, raw, Some(stored.slots));
+            if let Ok(symbols) = symbols
+                && locate::fits(&self.image, &symbols)
+            {
+                self.cache = CacheOutcome::Hit(listed.path);
+                return Some((symbols, location));
+            }
+        }
+        None
+    }
+
+    /// Keeps what was found for the next run, unless something contradicts
+    /// it: a run that finds its profile does not look for contradictions.
+    fn store(&mut self, folder: &Folder, profile: &Profile, location: Location) {
+        let doubt = self.conflicts.iter().any(|conflict| {
+            matches!(
+                conflict.what,
+                Subject::Symbols | Subject::Types | Subject::Banner | Subject::BuildId
+            )
+        });
+        if doubt {
+            self.cache = CacheOutcome::Withheld;
+            return;
+        }
+        let Some((build_id, build_id_at)) = profile
+            .build_id
+            .clone()
+            .and_then(|id| Some((id.clone(), self.build_id_at(&profile.symbols, &id)?)))
+        else {
+            return;
+        };
+        let Some(raw) = location.read(&self.image) else {
+            return;
+        };
+        let stored = Stored {
+            build_id,
+            build_id_at,
+            digest: raw.digest(),
+            slots: profile.symbols.index().to_vec(),
+            location,
+        };
+        let outcome = folder.store(&stored);
+        // That a file was rejected is to be said, whatever became of the new.
+        if !matches!(self.cache, CacheOutcome::Rejected { .. }) {
+            self.cache = match outcome {
+                Ok(path) => CacheOutcome::Stored(path),
+                Err(error) => CacheOutcome::Unavailable(error.to_string()),
+            };
+        }
     }
 
     fn look(&self) -> Sightings {
@@ -117,7 +225,7 @@ impl<'a> Attempt<'a> {
             };
         }
         // Whatever the tables say about execution: the rest as well.
-        let [digits, btf, banners] = self.image.search(&[0..self.image.size()], patterns);
+        let [digits, btf, banners] = self.image.search(&[self.image.all()], patterns);
         Sightings {
             digits,
             btf,
@@ -269,11 +377,23 @@ impl<'a> Attempt<'a> {
         Types::parse(bytes).map_err(|source| ProfileError::DamagedBtf { address, source })
     }
 
-    fn build_id(&mut self, symbols: &Symbols) -> Option<BuildId> {
+    /// The kernel's ELF notes, and where they start.
+    fn notes(&self, symbols: &Symbols) -> Option<(u64, Vec<u8>)> {
         let start = self.image.offset(symbols.address("__start_notes")?)?;
         let stop = self.image.offset(symbols.address("__stop_notes")?)?;
         let stop = stop.min(start.saturating_add(MAXIMUM_NOTES));
-        let notes = self.image.bytes(start..stop)?;
+        Some((start, self.image.bytes(start..stop)?))
+    }
+
+    /// Where the bytes of the build id lie.
+    fn build_id_at(&self, symbols: &Symbols, id: &BuildId) -> Option<u64> {
+        let (start, notes) = self.notes(symbols)?;
+        let offset = memchr::memmem::find(&notes, id.as_bytes())?;
+        Some(start + offset as u64)
+    }
+
+    fn build_id(&mut self, symbols: &Symbols) -> Option<BuildId> {
+        let (_, notes) = self.notes(symbols)?;
         let id = build_ids(&notes).into_iter().next()?;
         // From 5.14 on the kernel keeps a copy of it for its oops messages.
         let copy = symbols
@@ -313,7 +433,7 @@ impl<'a> Attempt<'a> {
         let vmemmap_base = variable("vmemmap_base").unwrap_or(usual[2]);
         let stated = variable("page_offset_base");
         let direct_map = self.direct_map(&space, stated, usual[0]);
-        let vmcoreinfo = self.vmcoreinfo(&space, &profile, direct_map);
+        let vmcoreinfo = self.vmcoreinfo(&space, &profile);
         Kernel {
             space,
             profile: Arc::new(profile),
@@ -327,6 +447,7 @@ impl<'a> Attempt<'a> {
             evidence: Evidence {
                 tables: self.candidate.from,
                 profile: from,
+                cache: self.cache,
             },
         }
     }
@@ -384,12 +505,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Reads VMCOREINFO and compares it with what was found without it.
-    fn vmcoreinfo(
-        &mut self,
-        space: &AddressSpace,
-        profile: &Profile,
-        direct_map: VirtualAddress,
-    ) -> Option<VmcoreInfo> {
+    fn vmcoreinfo(&mut self, space: &AddressSpace, profile: &Profile) -> Option<VmcoreInfo> {
         let symbols = &profile.symbols;
         let address = self.image.read_u64(symbols.address("vmcoreinfo_data")?)?;
         let size = symbols
@@ -399,7 +515,7 @@ impl<'a> Attempt<'a> {
         let mut bytes = vec![0; (size as usize).min(MAXIMUM_VMCOREINFO)];
         space.read(VirtualAddress::new(address), &mut bytes).ok()?;
         let info = VmcoreInfo::parse(&bytes);
-        let place = format!("VMCOREINFO at {:#x}", address);
+        let place = format!("VMCOREINFO at {address:#x}");
         for (key, said, found) in differences(&info, self.candidate, profile) {
             self.conflict(
                 Subject::VmcoreInfo,
@@ -408,7 +524,6 @@ impl<'a> Attempt<'a> {
                 "page tables and symbols agree on it",
             );
         }
-        let _ = direct_map;
         Some(info)
     }
 }

@@ -31,6 +31,11 @@ impl<'a> Image<'a> {
         self.place.size
     }
 
+    /// All offsets.
+    pub(crate) fn all(&self) -> Range<u64> {
+        0..self.place.size
+    }
+
     /// The run-time address of `offset`.
     pub(crate) fn address(&self, offset: u64) -> VirtualAddress {
         self.place.virtual_base.wrapping_add(offset)

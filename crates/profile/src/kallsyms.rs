@@ -203,27 +203,12 @@ impl Names {
             return Err(KallsymsError::TooMany { count });
         }
         bytes.truncate(walk_names(&bytes, count, &markers)?);
-        let names = Self {
+        Ok(Self {
             bytes,
             markers,
             tokens,
             count,
-        };
-        // A bound on what unpacking costs: most tables can't exceed it.
-        let longest = names
-            .tokens
-            .places
-            .iter()
-            .map(|(start, end)| end - start)
-            .max();
-        let worst = names
-            .bytes
-            .len()
-            .saturating_mul(longest.unwrap_or(0).into());
-        if worst > MAXIMUM_TEXT && names.text_length() > MAXIMUM_TEXT {
-            return Err(KallsymsError::TooLong);
-        }
-        Ok(names)
+        })
     }
 
     /// Names from elsewhere, uncompressed, each with its kind.
@@ -303,10 +288,63 @@ impl Names {
         kind.unwrap_or(b'?')
     }
 
-    fn text_length(&self) -> usize {
-        let mut length = 0_usize;
-        self.for_each(|_, name| length += name.len());
-        length
+    /// The hash of every name, in order, without unpacking it: FNV-1a over
+    /// the bytes that [`get`](Self::get) gives.
+    ///
+    /// # Errors
+    /// [`KallsymsError::TooLong`] if all names together are longer than any
+    /// kernel's: then nobody should unpack them.
+    pub(crate) fn hashes(&self, mut each: impl FnMut(u64)) -> Result<(), KallsymsError> {
+        let mut offset = 0;
+        let mut total = 0;
+        for _ in 0..self.count {
+            let Some(place) = name_tokens(&self.bytes, offset) else {
+                break;
+            };
+            offset = place.end;
+            let mut hash = NameHash::new();
+            // Every name has a kind, which is no part of it.
+            let mut skip = 1;
+            let mut room = MAXIMUM_NAME - 1;
+            for token in &self.bytes[place] {
+                let mut text = self.tokens.get(*token);
+                if skip != 0 && !text.is_empty() {
+                    text = &text[skip..];
+                    skip = 0;
+                }
+                let text = &text[..text.len().min(room)];
+                room -= text.len();
+                hash.add(text);
+            }
+            total += MAXIMUM_NAME - 1 - room;
+            if total > MAXIMUM_TEXT {
+                return Err(KallsymsError::TooLong);
+            }
+            each(hash.finish());
+        }
+        Ok(())
+    }
+}
+
+/// FNV-1a. A guest can choose names of equal hashes; their number is bounded
+/// by the table's, and what they slow down is its own reading.
+pub(crate) struct NameHash(u64);
+
+impl NameHash {
+    pub(crate) fn new() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+
+    #[inline]
+    pub(crate) fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+
+    pub(crate) fn finish(&self) -> u64 {
+        // The low bits of FNV are its weakest.
+        self.0 ^ self.0 >> 32
     }
 }
 
@@ -468,9 +506,16 @@ mod tests {
                 *first = 0;
             }
             if let Ok(tables) = Names::parse(names, count, markers, tokens) {
-                let mut seen = 0;
-                tables.for_each(|_, _| seen += 1);
-                prop_assert_eq!(seen, count);
+                let mut expected = Vec::new();
+                tables.for_each(|_, name| {
+                    let mut hash = NameHash::new();
+                    hash.add(name);
+                    expected.push(hash.finish());
+                });
+                prop_assert_eq!(expected.len(), count);
+                let mut hashes = Vec::new();
+                tables.hashes(|hash| hashes.push(hash)).expect("short names");
+                prop_assert_eq!(hashes, expected);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use secmon_memory::{AddressSpace, PhysicalAddress, VirtualAddress};
 
-use crate::{BuildId, Profile};
+use crate::{BuildId, CacheOutcome, Profile};
 
 /// A Linux kernel found in physical memory.
 #[derive(Clone)]
@@ -52,6 +52,8 @@ pub struct Evidence {
     pub tables: TablesFrom,
     /// What led to symbols and types.
     pub profile: ProfileFrom,
+    /// What became of the cache.
+    pub cache: CacheOutcome,
 }
 
 /// What led to the kernel's page tables.

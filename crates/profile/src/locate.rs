@@ -80,6 +80,24 @@ pub(crate) enum LocationError {
     Kallsyms(#[from] KallsymsError),
 }
 
+impl Raw {
+    /// A digest of what names are made of. What it does not cover is used for
+    /// nothing that is kept.
+    pub(crate) fn digest(&self) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        for part in [
+            &self.names,
+            &self.markers,
+            &self.token_table,
+            &self.token_index,
+        ] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part);
+        }
+        hasher.finalize().into()
+    }
+}
+
 impl Location {
     /// Copies the parts out of the image.
     pub(crate) fn read(&self, image: &Image<'_>) -> Option<Raw> {
@@ -97,11 +115,46 @@ impl Location {
             markers: part(self.markers, markers * 4)?,
             token_table: image.bytes(self.token_table.clone())?,
             token_index: part(self.token_index, 512)?,
-            offsets: match self.encoding {
-                Encoding::Absolute => Vec::new(),
-                _ => part(self.offsets, count * 4)?,
-            },
+            offsets: self.read_offsets(image)?,
         })
+    }
+
+    fn read_offsets(&self, image: &Image<'_>) -> Option<Vec<u8>> {
+        if self.encoding == Encoding::Absolute {
+            return Some(Vec::new());
+        }
+        let end = self.offsets.checked_add(u64::from(self.count) * 4)?;
+        image.bytes(self.offsets..end)
+    }
+
+    /// The address of one symbol, without copying all.
+    fn address(&self, image: &Image<'_>, number: usize) -> Option<u64> {
+        let number = u64::try_from(number).ok()?;
+        let base = |offset| image.read_u64(image.address(offset));
+        if self.encoding == Encoding::Absolute {
+            let place = self.offsets.checked_add(number.checked_mul(8)?)?;
+            return base(place);
+        }
+        let place = self.offsets.checked_add(number.checked_mul(4)?)?;
+        let mut bytes = [0; 4];
+        image.read(place, &mut bytes).ok()?;
+        let offsets = vec![u32::from_le_bytes(bytes)];
+        let one = match self.encoding {
+            Encoding::Absolute => return None,
+            Encoding::BaseRelative(base_at) => Offsets::BaseRelative {
+                base: base(base_at)?,
+                offsets,
+            },
+            Encoding::AbsolutePerCpu(base_at) => Offsets::AbsolutePerCpu {
+                base: base(base_at)?,
+                offsets,
+            },
+            Encoding::PlaceRelative => Offsets::PlaceRelative {
+                place: image.address(place).as_u64(),
+                offsets,
+            },
+        };
+        one.get(0)
     }
 
     /// The addresses, for the boot that the image is of.
@@ -143,7 +196,10 @@ impl Location {
             .ok_or(LocationError::Unreadable)?;
         let tokens = tokens(raw.token_table, &raw.token_index)?;
         let names = Names::parse(raw.names, offsets.len(), words(&raw.markers), tokens)?;
-        let slots = slots.unwrap_or_else(|| index(&names));
+        let slots = match slots {
+            Some(slots) => slots,
+            None => index(&names)?,
+        };
         Ok(Symbols::with_index(names, offsets, slots))
     }
 }
@@ -175,7 +231,7 @@ pub(crate) fn locate(image: &Image<'_>, digits: u64) -> Option<(Location, Symbol
         let count = names.count;
         let names_end = start + names.bytes.len() as u64;
         let parsed = Names::parse(names.bytes, count as usize, markers, tokens).ok()?;
-        let slots = index(&parsed);
+        let slots = index(&parsed).ok()?;
         let location = Location {
             count,
             names: start..names_end,
@@ -189,18 +245,13 @@ pub(crate) fn locate(image: &Image<'_>, digits: u64) -> Option<(Location, Symbol
         let best = address_locations(&location, names.count_at)
             .into_iter()
             .filter_map(|location| {
-                let length = match location.encoding {
-                    Encoding::Absolute => 0,
-                    _ => u64::from(count) * 4,
-                };
-                let end = location.offsets.checked_add(length)?;
-                let bytes = image.bytes(location.offsets..end)?;
-                let offsets = location.addresses(image, &bytes)?;
-                let score = anchors.score(image, &offsets)?;
-                Some((score, location, offsets))
+                let score = anchors.score(image, |number| location.address(image, number));
+                Some((score?, location))
             })
-            .max_by_key(|(score, ..)| *score);
-        if let Some((_, location, offsets)) = best {
+            .max_by_key(|(score, _)| *score);
+        if let Some((_, location)) = best {
+            let bytes = location.read_offsets(image)?;
+            let offsets = location.addresses(image, &bytes)?;
             return Some((location, Symbols::with_index(parsed, offsets, slots)));
         }
     }
@@ -386,26 +437,36 @@ impl Anchors {
     }
 
     /// How many symbols these addresses put where they must be; `None` if it
-    /// is none, or the addresses are in no order.
-    fn score(&self, image: &Image<'_>, offsets: &Offsets) -> Option<usize> {
+    /// is none.
+    fn score(&self, image: &Image<'_>, address: impl Fn(usize) -> Option<u64>) -> Option<usize> {
         let start = image.address(0).as_u64();
         let starts = self
             .starts
             .iter()
-            .filter(|number| offsets.get(**number) == Some(start))
+            .filter(|number| address(**number) == Some(start))
             .count();
         let banners = self
             .banners
             .iter()
             .filter(|number| {
-                offsets
-                    .get(**number)
+                address(**number)
                     .is_some_and(|address| is_banner(image, VirtualAddress::new(address)))
             })
             .count();
         let score = starts + 4 * banners;
         (score != 0).then_some(score)
     }
+}
+
+/// Whether the addresses of `symbols` fit the image: see [`Anchors`].
+pub(crate) fn fits(image: &Image<'_>, symbols: &Symbols) -> bool {
+    let start = image.address(0);
+    let starts = ["_text", "_stext", "startup_64"];
+    let mut banners = symbols.addresses("linux_banner").peekable();
+    starts
+        .iter()
+        .any(|name| symbols.address(name) == Some(start))
+        && (banners.peek().is_none() || banners.any(|address| is_banner(image, address)))
 }
 
 /// Whether a banner stands at `address`.

@@ -23,7 +23,7 @@ impl BuildId {
 
     /// The build id that `hex` writes out, in lower or upper case.
     pub fn from_hex(hex: &str) -> Option<Self> {
-        if hex.len() % 2 != 0 || !hex.is_ascii() {
+        if !hex.len().is_multiple_of(2) || !hex.is_ascii() {
             return None;
         }
         let bytes: Option<Vec<u8>> = (0..hex.len() / 2)

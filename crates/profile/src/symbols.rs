@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use secmon_memory::VirtualAddress;
 
-use crate::kallsyms::{KallsymsError, Names, Offsets};
+use crate::kallsyms::{KallsymsError, NameHash, Names, Offsets};
 
 /// One symbol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,14 +46,8 @@ struct Unpacked {
 }
 
 impl Symbols {
-    /// The symbols of these names and addresses, as many of each.
-    pub(crate) fn new(names: Names, offsets: Offsets) -> Self {
-        let slots = index(&names);
-        Self::with_index(names, offsets, slots)
-    }
-
-    /// Takes an index made by [`index`] before, maybe kept in a cache. One
-    /// that does not fit makes lookups fail, nothing worse; the cache guards
+    /// The symbols of these names and addresses, as many of each, with an index
+    /// made by [`index`], maybe kept in a cache. One that does not fit makes lookups fail, nothing worse; the cache guards
     /// against that.
     pub(crate) fn with_index(names: Names, offsets: Offsets, slots: Vec<u32>) -> Self {
         debug_assert_eq!(names.len(), offsets.len());
@@ -75,10 +69,9 @@ impl Symbols {
     pub(crate) fn from_list(list: &[(String, u64, char)]) -> Result<Self, KallsymsError> {
         let names = list.iter().map(|(name, _, kind)| (name.as_str(), *kind));
         let addresses = list.iter().map(|(_, address, _)| *address).collect();
-        Ok(Self::new(
-            Names::from_list(names)?,
-            Offsets::Absolute(addresses),
-        ))
+        let names = Names::from_list(names)?;
+        let slots = index(&names)?;
+        Ok(Self::with_index(names, Offsets::Absolute(addresses), slots))
     }
 
     /// How many symbols there are.
@@ -184,24 +177,27 @@ pub(crate) fn index_length(symbols: usize) -> usize {
 }
 
 /// The hash table of all names: see [`Symbols`].
-pub(crate) fn index(names: &Names) -> Vec<u32> {
+///
+/// # Errors
+/// [`KallsymsError::TooLong`] if the names are longer than any kernel's.
+pub(crate) fn index(names: &Names) -> Result<Vec<u32>, KallsymsError> {
     let mut slots = vec![0_u32; index_length(names.len())];
     let mask = slots.len() - 1;
     let mut number = 0;
-    names.for_each(|_, name| {
-        let mut slot = hash(name) as usize & mask;
+    names.hashes(|hash| {
+        let mut slot = hash as usize & mask;
         while slots[slot] != 0 {
             slot = (slot + 1) & mask;
         }
         number += 1;
         slots[slot] = number;
-    });
-    slots
+    })?;
+    Ok(slots)
 }
 
 /// The numbers of all symbols of that name.
 pub(crate) fn numbers_of(names: &Names, slots: &[u32], name: &str) -> Vec<usize> {
-    let mut slot = hash(name.as_bytes()) as usize;
+    let mut slot = hash(name) as usize;
     let mut found = Vec::new();
     let mut unpacked = Vec::new();
     for _ in 0..slots.len() {
@@ -217,14 +213,10 @@ pub(crate) fn numbers_of(names: &Names, slots: &[u32], name: &str) -> Vec<usize>
     found
 }
 
-/// FNV-1a. A guest can choose names of equal hashes; their number is bounded
-/// by the table's, and what they slow down is its own reading.
-fn hash(bytes: &[u8]) -> u64 {
-    let hash = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    // The low bits of FNV are its weakest.
-    hash ^ hash >> 32
+fn hash(name: &str) -> u64 {
+    let mut hash = NameHash::new();
+    hash.add(name.as_bytes());
+    hash.finish()
 }
 
 #[cfg(test)]

@@ -344,7 +344,14 @@ impl Header {
 impl Blob {
     /// Takes `bytes` apart. `first_id` is the id of the first record (1, or
     /// for a module's blob the one after its base's last), for messages.
-    pub(crate) fn parse(bytes: Vec<u8>, first_id: u32) -> Result<Self, BtfError> {
+    ///
+    /// `each_name` is called with the name offset and index of every record
+    /// that stands for a type of its own and has a name.
+    pub(crate) fn parse(
+        bytes: Vec<u8>,
+        first_id: u32,
+        mut each_name: impl FnMut(u32, u32),
+    ) -> Result<Self, BtfError> {
         let length = bytes.len();
         if length > MAXIMUM_BTF_LENGTH {
             return Err(BtfError::TooLong { length });
@@ -377,8 +384,13 @@ impl Blob {
             if length > types.len() - offset {
                 return Err(error("the record runs over the end of the section"));
             }
-            // The info word's highest byte: kind 6 with the kind flag.
-            signs_known |= types[offset + 7] == 0x86;
+            let [name_offset, info, _] = words(&types[offset..]);
+            if let Some(kind) = Kind::new(kind_number(info)) {
+                signs_known |= kind == Kind::Enumeration && info >> 31 != 0;
+                if kind.is_named_type() && name_offset != 0 {
+                    each_name(name_offset, records.len() as u32);
+                }
+            }
             records.push(offset as u32);
             offset += length;
         }

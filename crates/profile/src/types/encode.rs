@@ -20,8 +20,7 @@ pub(crate) struct Encoder {
     types: Vec<u8>,
     strings: Vec<u8>,
     offsets: HashMap<String, u32>,
-    /// Where each record starts in `types`.
-    records: Vec<usize>,
+    records: u32,
     first_id: u32,
     first_string: u32,
 }
@@ -33,7 +32,7 @@ impl Encoder {
             types: Vec::new(),
             strings: vec![0],
             offsets: HashMap::new(),
-            records: Vec::new(),
+            records: 0,
             first_id: 1,
             first_string: 0,
         }
@@ -63,10 +62,10 @@ impl Encoder {
     /// Writes a record's common part and gives its id.
     fn record(&mut self, name: &str, kind: Kind, flag: bool, elements: usize, last: u32) -> u32 {
         let name = self.string(name);
-        self.records.push(self.types.len());
         let info = (kind as u32) << 24 | u32::from(flag) << 31 | elements as u32 & 0xffff;
         self.words(&[name, info, last]);
-        self.first_id + self.records.len() as u32 - 1
+        self.records += 1;
+        self.first_id + self.records - 1
     }
 
     /// An integer of `size` bytes.
@@ -85,18 +84,6 @@ impl Encoder {
     /// (which has a name), a qualifier.
     pub(crate) fn reference(&mut self, kind: Kind, name: &str, type_id: u32) -> u32 {
         self.record(name, kind, false, 0, type_id)
-    }
-
-    /// Changes what a reference refers to.
-    pub(crate) fn set_reference(&mut self, id: u32, type_id: u32) {
-        let index = (id - self.first_id) as usize;
-        let bytes = self
-            .records
-            .get(index)
-            .and_then(|start| self.types.get_mut(start + 8..start + 12));
-        if let Some(bytes) = bytes {
-            bytes.copy_from_slice(&type_id.to_le_bytes());
-        }
     }
 
     /// An array.
@@ -175,7 +162,7 @@ impl Encoder {
     /// An empty blob of a module, to go on where `base` ends.
     pub(crate) fn on_top_of(base: &Self) -> Self {
         Self {
-            first_id: base.first_id + base.records.len() as u32,
+            first_id: base.first_id + base.records,
             first_string: base.first_string + base.strings.len() as u32,
             ..Self::new()
         }

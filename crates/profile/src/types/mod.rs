@@ -16,7 +16,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 pub use btf::{BtfError, MAXIMUM_BTF_LENGTH};
-pub(crate) use btf::{HEADER_LENGTH, Header, Kind, MAGIC};
+pub(crate) use btf::{HEADER_LENGTH, Header, Kind};
 
 use btf::{Blob, Record};
 use path::{Component, components};
@@ -219,7 +219,8 @@ impl Types {
                     .saturating_add(inner.blob.string_length()),
             )
         });
-        let blob = Blob::parse(bytes, first_id)?;
+        let mut named = Vec::with_capacity(bytes.len() / 128);
+        let blob = Blob::parse(bytes, first_id, |name, index| named.push((name, index)))?;
         let mut inner = Inner {
             blob,
             base,
@@ -227,18 +228,11 @@ impl Types {
             first_string,
             names: Vec::new(),
         };
-        let mut names = Vec::with_capacity(inner.blob.len() / 4);
-        for index in 0..inner.blob.len() {
-            let Some(record) = inner.blob.record(index) else {
-                continue;
-            };
-            if record.kind.is_named_type() && record.name_offset != 0 {
-                // A name that can't be read can't be asked for either.
-                if let Ok(name) = inner.string(record.name_offset) {
-                    names.push((hash(name), index as u32));
-                }
-            }
-        }
+        let mut names: Vec<(u32, u32)> = named
+            .into_iter()
+            // A name that can't be read can't be asked for either.
+            .filter_map(|(name, index)| Some((hash(inner.string(name).ok()?), index)))
+            .collect();
         names.sort_unstable();
         names.shrink_to_fit();
         inner.names = names;

@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::btf::MAGIC;
 use super::encode::{Encoder, NewMember};
 use super::*;
 
