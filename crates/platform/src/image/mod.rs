@@ -22,6 +22,7 @@ mod notes;
 mod page_cache;
 mod pieces;
 mod raw;
+pub mod write;
 
 use std::fmt;
 use std::path::Path;

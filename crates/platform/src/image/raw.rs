@@ -56,6 +56,15 @@ pub(crate) fn open(
     options: &ImageOptions<'_>,
     mut notes: Vec<ImageNote>,
 ) -> Result<Image, ImageError> {
+    if let Some(layout) = options.layout {
+        let pieces = pieces(layout);
+        return Ok(Image {
+            memory: memory_of(file, &pieces, Vec::new(), options.volatility)?,
+            format: ImageFormat::Raw,
+            notes,
+            hints: ImageHints::default(),
+        });
+    }
     let whole = file.len() & !(PAGE_SIZE - 1);
     if whole == 0 {
         return Err(ImageError::Truncated {
@@ -72,15 +81,6 @@ pub(crate) fn open(
                 "the last page has {} of 4096 bytes: the file is cut, or no memory image",
                 file.len() - whole
             ),
-        });
-    }
-    if let Some(layout) = options.layout {
-        let pieces = pieces(layout);
-        return Ok(Image {
-            memory: memory_of(file, &pieces, Vec::new(), options.volatility)?,
-            format: ImageFormat::Raw,
-            notes,
-            hints: ImageHints::default(),
         });
     }
     let (memory, note) = infer(file, options, candidate_layouts(whole))?;
