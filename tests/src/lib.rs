@@ -5,4 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod compare;
+pub mod flips;
+pub mod images;
+pub mod open;
 pub mod rows;

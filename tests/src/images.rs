@@ -1,0 +1,27 @@
+//! Memory images of real guests, made when a test asks for them.
+
+use anyhow::{Context, Result};
+use secmon_lab::{Backing, Guest, Suite, Workload};
+
+use crate::open::{self, Opened};
+
+/// The image of a guest that has some of everything, and not much of it.
+///
+/// # Errors
+/// If the guest does not boot or its kernel is not found.
+pub fn quiet(suite: Suite) -> Result<Opened> {
+    let workload = Workload {
+        processes: 20,
+        ..Workload::rich()
+    };
+    let guest = Guest::builder(suite)
+        .backing(Backing::File)
+        .workload(workload)
+        .boot()?;
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("ram.raw");
+    let ram = guest.ram_file().context("a RAM file")?;
+    guest.while_stopped(|_| Ok(std::fs::copy(&ram, &file)?))?;
+    // The mapping outlives the file's name.
+    open::image(&file)
+}

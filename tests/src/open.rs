@@ -1,0 +1,57 @@
+//! Opening a guest of the lab the way a user would.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use secmon_guest::Guest;
+use secmon_memory::PhysicalMemory;
+use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
+use secmon_profile::{Cache, FindOptions, Kernel};
+
+/// What was opened: memory and the kernel in it.
+pub struct Opened {
+    /// The target's memory.
+    pub memory: Arc<dyn PhysicalMemory>,
+    /// The kernel found there.
+    pub kernel: Kernel,
+    /// What keeps the target open.
+    _target: OpenedTarget,
+}
+
+impl Opened {
+    /// The guest with no diagnostics yet.
+    pub fn guest(&self) -> Guest {
+        Guest::new(self.kernel.clone())
+    }
+}
+
+/// Opens `file:…`, `qemu:…` and so on, without a cache of profiles.
+///
+/// # Errors
+/// If the target can't be opened or holds no kernel.
+pub fn target(name: &str) -> Result<Opened> {
+    let target: Target = name.parse().with_context(|| format!("the target {name}"))?;
+    let opened = target
+        .open(&OpenOptions::default())
+        .with_context(|| format!("opening {name}"))?;
+    let options = FindOptions {
+        cache: Cache::Off,
+        ..FindOptions::default()
+    };
+    let kernel = secmon_profile::find(&opened.memory, &options)
+        .with_context(|| format!("finding the kernel of {name}"))?;
+    Ok(Opened {
+        memory: opened.memory.clone(),
+        kernel,
+        _target: opened,
+    })
+}
+
+/// Opens a memory image.
+///
+/// # Errors
+/// As [`target`].
+pub fn image(path: &Path) -> Result<Opened> {
+    target(&format!("file:{}", path.display()))
+}

@@ -1,0 +1,125 @@
+//! Every compared table equals the guest's own truth: four kernels, four- and
+//! five-level paging, one and four vCPUs, live and from a dump.
+
+use anyhow::{Result, bail};
+use secmon_lab::qmp::DumpFormat;
+use secmon_lab::{Backing, Guest, Paging, Suite, Workload};
+use secmon_tests::compare::{self, Truth};
+use secmon_tests::open::{self, Opened};
+
+/// Fails with all differences, up to a number that can still be read.
+fn expect_none(what: &str, differences: &[String]) -> Result<()> {
+    const SHOWN: usize = 60;
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let shown = differences
+        .iter()
+        .take(SHOWN)
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .join("\n  ");
+    bail!("{what}: {} differences\n  {shown}", differences.len())
+}
+
+/// The kernel that was found, against what the guest says of it.
+fn compare_kernel(opened: &Opened, guest: &Guest) -> Result<Vec<String>> {
+    let mut differences = Vec::new();
+    let info = guest.truth().info()?;
+    let kernel = &opened.kernel;
+    if info.text_base != Some(kernel.image.virtual_base.as_u64()) {
+        differences.push(format!(
+            "_text is {:x?}, not {:x}",
+            info.text_base, kernel.image.virtual_base
+        ));
+    }
+    let build_id = kernel.profile.build_id().map(ToString::to_string);
+    if info.build_id != build_id {
+        differences.push(format!("build id is {:?}, not {build_id:?}", info.build_id));
+    }
+    if !kernel.conflicts.is_empty() {
+        differences.push(format!(
+            "conflicts in a clean guest: {:?}",
+            kernel.conflicts
+        ));
+    }
+    // Every symbol of the kernel itself, at its address.
+    let symbols = kernel.profile.symbols();
+    let mut theirs = 0;
+    for symbol in guest
+        .truth()
+        .kallsyms()?
+        .iter()
+        .filter(|symbol| symbol.module.is_none())
+    {
+        theirs += 1;
+        if !symbols
+            .addresses(&symbol.name)
+            .any(|address| address.as_u64() == symbol.address)
+        {
+            differences.push(format!(
+                "symbol {} at {:x} is not there",
+                symbol.name, symbol.address
+            ));
+        }
+    }
+    if theirs != symbols.len() {
+        differences.push(format!("{} symbols, the guest has {theirs}", symbols.len()));
+    }
+    Ok(differences)
+}
+
+fn compare(suite: Suite, paging: Paging, vcpus: u32) -> Result<()> {
+    let guest = Guest::builder(suite)
+        .paging(paging)
+        .vcpus(vcpus)
+        .backing(Backing::File)
+        .workload(Workload::rich())
+        .boot()?;
+
+    let live = open::target(&format!("qemu:{}", guest.pid()))?;
+    expect_none("the kernel", &compare_kernel(&live, &guest)?)?;
+    let before = Truth::ask(&guest)?;
+    let rows = compare::read_all(&live.guest())?;
+    let between = Truth::ask(&guest)?;
+    expect_none("live", &compare::differences(&before, &rows, &between)?)?;
+
+    let core = guest.folder().join("core");
+    guest.while_stopped(|control| control.dump(&core, DumpFormat::Elf))?;
+    let after = Truth::ask(&guest)?;
+    let dump = open::image(&core)?;
+    let rows = compare::read_all(&dump.guest())?;
+    expect_none(
+        "from a dump",
+        &compare::differences(&between, &rows, &after)?,
+    )
+}
+
+macro_rules! configurations {
+    ($($name:ident: $suite:ident, $paging:ident, $vcpus:literal;)*) => {
+        $(
+            #[test]
+            fn $name() -> Result<()> {
+                compare(Suite::$suite, Paging::$paging, $vcpus)
+            }
+        )*
+    };
+}
+
+// Debian builds its 5.10 without five-level paging.
+configurations! {
+    linux_5_10_four_levels_1_vcpu: Bullseye, FourLevel, 1;
+    linux_5_10_four_levels_4_vcpus: Bullseye, FourLevel, 4;
+    linux_6_1_four_levels_1_vcpu: Bookworm, FourLevel, 1;
+    linux_6_1_four_levels_4_vcpus: Bookworm, FourLevel, 4;
+    linux_6_1_five_levels_1_vcpu: Bookworm, FiveLevel, 1;
+    linux_6_1_five_levels_4_vcpus: Bookworm, FiveLevel, 4;
+    linux_6_12_four_levels_1_vcpu: Trixie, FourLevel, 1;
+    linux_6_12_four_levels_4_vcpus: Trixie, FourLevel, 4;
+    linux_6_12_five_levels_1_vcpu: Trixie, FiveLevel, 1;
+    linux_6_12_five_levels_4_vcpus: Trixie, FiveLevel, 4;
+    linux_7_2_four_levels_1_vcpu: Sid, FourLevel, 1;
+    linux_7_2_four_levels_4_vcpus: Sid, FourLevel, 4;
+    linux_7_2_five_levels_1_vcpu: Sid, FiveLevel, 1;
+    linux_7_2_five_levels_4_vcpus: Sid, FiveLevel, 4;
+}
