@@ -2,7 +2,7 @@
 //! special option.
 //!
 //! QEMU keeps a record of each block of RAM in its heap (`struct RAMBlock` of
-//! `include/exec/ramblock.h`, unchanged in these fields from QEMU 2.9 to 10):
+//! `include/system/ramblock.h`):
 //!
 //! | offset | field |
 //! |---|---|
@@ -17,8 +17,8 @@
 //! by `qemu_ram_mmap()` as a run of exactly the block's size, aligned to 2 MiB,
 //! with a guard page after it. A mapping made later right below it may merge
 //! with it, and `madvise` may cut it in pieces; its end stays.
-
-use std::collections::BTreeMap;
+//!
+//! Checked with QEMU 7.2, 10.0 and 11.1.
 
 use super::memory::ForeignMemory;
 use super::process::Mapping;
@@ -214,25 +214,28 @@ pub(super) fn is_writable(mappings: &[Mapping], host_address: u64, length: u64) 
         .any(|run| run.start <= host_address && end <= run.end)
 }
 
-/// The mappings of files that are backends of RAM, by inode: of those whose
-/// path is `path` or, for a folder, lies in it.
+/// Where RAM of this length can lie in mappings of the file at `path`, or of a
+/// file in the folder at `path`. A relative path may lie in any folder.
 pub(super) fn file_candidates(mappings: &[Mapping], path: &[u8], length: u64) -> Vec<u64> {
-    let mut by_start = BTreeMap::new();
-    for mapping in mappings {
+    let named = |mapping: &&Mapping| {
         let file = mapping
             .path
             .strip_suffix(b" (deleted)")
             .unwrap_or(&mapping.path);
-        let named = file == path
-            || file
-                .strip_prefix(path)
-                .is_some_and(|rest| rest.starts_with(b"/") || path.ends_with(b"/"));
-        let fits = named && mapping.readable && mapping.writable && mapping.length() >= length;
-        if fits {
-            by_start.insert(mapping.start, ());
-        }
-    }
-    by_start.into_keys().collect()
+        let relative = !path.starts_with(b"/");
+        let mut starts = memchr::memmem::find_iter(file, path);
+        starts.any(|start| {
+            let (before, rest) = file.split_at(start);
+            let after = rest.get(path.len()..).unwrap_or_default();
+            let from_here = start == 0 || (relative && before.ends_with(b"/"));
+            let to_here = after.is_empty() || after.starts_with(b"/") || path.ends_with(b"/");
+            from_here && to_here
+        })
+    };
+    let fits =
+        |mapping: &&Mapping| mapping.readable && mapping.writable && mapping.length() >= length;
+    let candidates = mappings.iter().filter(named).filter(fits);
+    candidates.map(|mapping| mapping.start).collect()
 }
 
 /// What firmware leaves in the first MiB of a PC's RAM: reasons to believe
@@ -380,6 +383,29 @@ mod tests {
             ..file
         };
         assert!(shared_file(&[private], 0x10_2000, 0x1000).is_none());
+    }
+
+    #[test]
+    fn files_are_told_by_their_path() {
+        let candidates = |file: &[u8], path: &[u8]| {
+            let mapping = Mapping {
+                inode: 5,
+                path: file.to_vec(),
+                ..mapping(0x10_0000, 0x20_0000, "rw")
+            };
+            file_candidates(&[mapping], path, 0x10_0000).len()
+        };
+        assert_eq!(candidates(b"/tmp/ram", b"/tmp/ram"), 1);
+        assert_eq!(candidates(b"/tmp/ram (deleted)", b"/tmp/ram"), 1);
+        assert_eq!(candidates(b"/tmp/ram2", b"/tmp/ram"), 0);
+        assert_eq!(candidates(b"/a/tmp/ram", b"/tmp/ram"), 0);
+        assert_eq!(candidates(b"/a/ram", b"ram"), 1);
+        assert_eq!(candidates(b"/a/ram/ram", b"ram"), 1);
+        assert_eq!(candidates(b"/a/xram", b"ram"), 0);
+        assert_eq!(candidates(b"/dev/hugepages/qemu.x", b"/dev/hugepages"), 1);
+        assert_eq!(candidates(b"/dev/hugepages/qemu.x", b"/dev/hugepages/"), 1);
+        assert_eq!(candidates(b"/dev/hugepages2/qemu.x", b"/dev/hugepages"), 0);
+        assert_eq!(candidates(b"", b"ram"), 0);
     }
 
     #[test]

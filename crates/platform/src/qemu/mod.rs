@@ -28,3 +28,7 @@ pub use open::{
 pub use pause::{Pause, PauseError, PauseMethod};
 pub use process::ProcessId;
 pub use qmp::{DEFAULT_TIMEOUT, QmpClient, QmpError, RamBlock, RunState, VcpuRegisters};
+
+#[cfg(test)]
+#[path = "../../tests/machine/mod.rs"]
+mod machine;

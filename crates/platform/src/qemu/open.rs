@@ -908,3 +908,146 @@ fn denied(id: ProcessId, source: io::Error) -> QemuError {
         source,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::machine::Machine;
+    use super::*;
+
+    #[test]
+    fn a_selector_is_a_number_or_a_name() {
+        let parse = |text: &str| {
+            let Ok(selector) = text.parse::<Selector>();
+            selector
+        };
+        assert_eq!(parse("12"), Selector::Pid(12));
+        for name in ["", "+12", "-1", "12a", "99999999999", "web 1"] {
+            assert_eq!(parse(name), Selector::Name(name.to_owned()));
+        }
+    }
+
+    /// Without QEMU's records and without QMP: the mappings and what the
+    /// firmware left must do.
+    #[test]
+    fn ram_is_found_without_records_too() {
+        let cases: [(&str, u64, &[&str]); 6] = [
+            ("pc.ram", 512, &[]),
+            ("pc.ram", 3072, &["-machine", "q35"]),
+            // As large as video memory.
+            ("pc.ram", 16, &[]),
+            (
+                "m",
+                256,
+                &[
+                    "-object",
+                    "memory-backend-ram,id=m,size=256M",
+                    "-machine",
+                    "memory-backend=m",
+                ],
+            ),
+            (
+                "m",
+                256,
+                &[
+                    "-object",
+                    "memory-backend-memfd,id=m,size=256M",
+                    "-machine",
+                    "memory-backend=m",
+                ],
+            ),
+            (
+                "m",
+                256,
+                &[
+                    "-object",
+                    "memory-backend-file,id=m,size=256M,mem-path=ram,share=off",
+                    "-machine",
+                    "memory-backend=m",
+                ],
+            ),
+        ];
+        for (name, size, arguments) in cases {
+            let size_argument = size.to_string();
+            let all = [&["-m", &size_argument], arguments].concat();
+            let mut machine = Machine::start(&all);
+            machine.run_firmware();
+            let process = find(&Selector::Pid(machine.pid())).expect("a QEMU");
+            let mappings = process::mappings(machine.pid()).expect("mappings");
+            let memory = ForeignMemory::open(process.id, mappings[0].start).expect("memory");
+            let records = locate::block_records(&memory, &mappings);
+            let truth = records.iter().find(|record| record.name == name);
+            let truth = truth.expect("QEMU's record").host_address;
+            let mut opening = Opening {
+                process: &process,
+                options: &QemuOptions::default(),
+                mappings,
+                notes: Vec::new(),
+                page_table_roots: Vec::new(),
+            };
+            let located = opening.locate(&memory, &[], name, size << 20);
+            let located = located.unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
+            assert_eq!(located.host_address, truth, "{arguments:?}");
+            assert!(
+                opening.notes[0].contains("confirmed by"),
+                "{:?}",
+                opening.notes
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_cover_the_layout(
+            sizes in prop::collection::vec(1_u64..64, 1..5),
+            cut in 0_u64..256,
+        ) {
+            const MIB: u64 = 1 << 20;
+            let process = QemuProcess {
+                id: ProcessId { pid: 1, start_time: 0 },
+                executable: PathBuf::new(),
+                command_line: Default::default(),
+                monitors: Vec::new(),
+                reach: discovery::Reach::ProcessMemory,
+            };
+            let opening = Opening {
+                process: &process,
+                options: &QemuOptions::default(),
+                mappings: Vec::new(),
+                notes: Vec::new(),
+                page_table_roots: Vec::new(),
+            };
+            // Blocks whose offset in RAM can be told from their address.
+            let total: u64 = sizes.iter().sum();
+            let mut offset = 0;
+            let blocks: Vec<LocatedBlock> = sizes
+                .iter()
+                .enumerate()
+                .map(|(index, size)| {
+                    let host_address = ((index as u64) << 40) + offset * MIB;
+                    offset += size;
+                    LocatedBlock { host_address, length: size * MIB }
+                })
+                .collect();
+            let limit = Some((cut % total).max(1) * MIB);
+            let layout = RamLayout::for_machine_with(Machine_::Q35, total * MIB, limit)
+                .expect("a layout");
+            let pieces = opening.pieces(&layout, &blocks).expect("pieces");
+            let length: u64 = pieces.iter().map(|piece| piece.region.length).sum();
+            prop_assert_eq!(length, total * MIB);
+            for piece in pieces {
+                let start = piece.region.start.as_u64();
+                let (region, offset) = layout
+                    .entries()
+                    .iter()
+                    .find(|(region, _)| region.contains(piece.region.start))
+                    .expect("inside of the layout");
+                let in_ram = offset + (start - region.start.as_u64());
+                prop_assert_eq!(piece.host_address & ((1 << 40) - 1), in_ram);
+            }
+        }
+    }
+
+    use crate::layout::Machine as Machine_;
+}
