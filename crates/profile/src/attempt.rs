@@ -7,14 +7,15 @@ use std::sync::Arc;
 use secmon_memory::{AddressSpace, PagingMode, PhysicalAddress, PhysicalMemory, VirtualAddress};
 
 use crate::cache::{Folder, Stored};
-use crate::image::Image;
+use crate::crosscheck::{differences, without_number};
+use crate::image::{Image, MAXIMUM_MATCHES};
 use crate::locate::{self, BANNER_START, DIGITS, Location};
 use crate::notes::{MAXIMUM_VMCOREINFO, build_ids};
-use crate::tables::{self, Candidate, START_KERNEL_MAP};
+use crate::tables::{self, Candidate};
 use crate::types::{HEADER_LENGTH, Header};
 use crate::{
     BtfError, BuildId, CacheOutcome, Conflict, Evidence, FindError, FindOptions, Isf, Kernel,
-    KernelImage, MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, Subject, Symbols, Types,
+    MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, Search, Subject, Symbols, Types,
     VmcoreInfo,
 };
 
@@ -87,7 +88,11 @@ impl<'a> Attempt<'a> {
             self.cache = CacheOutcome::Unavailable(reason);
             None
         });
-        let cached = folder.as_ref().and_then(|folder| self.cached(folder));
+        let cached = match options.search {
+            Search::Quick => folder.as_ref().and_then(|folder| self.cached(folder)),
+            // A profile would spare the very search that is asked for.
+            Search::Thorough => None,
+        };
         let hit = cached.is_some();
         let (symbols, location, seen) = match cached {
             Some((symbols, location)) => (symbols, Some(location), Sightings::default()),
@@ -213,7 +218,28 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    fn look(&self) -> Sightings {
+    /// Searches the image, and says so if it is crowded with what looks like
+    /// the parts that are looked for.
+    fn look(&mut self) -> Sightings {
+        let seen = self.search();
+        for (subject, list) in [
+            (Subject::Symbols, &seen.digits),
+            (Subject::Types, &seen.btf),
+            (Subject::Banner, &seen.banners),
+        ] {
+            if list.len() >= MAXIMUM_MATCHES {
+                self.conflict(
+                    subject,
+                    format!("the first {MAXIMUM_MATCHES} places that look like it"),
+                    "even more such places in the image, which were not looked at".to_owned(),
+                    "no kernel has a hundred of them",
+                );
+            }
+        }
+        seen
+    }
+
+    fn search(&self) -> Sightings {
         let data = self.image.data(&self.space);
         let patterns = [DIGITS, BTF_START, BANNER_START];
         let [digits, btf, banners] = self.image.search(&data, patterns);
@@ -515,8 +541,9 @@ impl<'a> Attempt<'a> {
         let mut bytes = vec![0; (size as usize).min(MAXIMUM_VMCOREINFO)];
         space.read(VirtualAddress::new(address), &mut bytes).ok()?;
         let info = VmcoreInfo::parse(&bytes);
+        let image = self.candidate.image;
         let place = format!("VMCOREINFO at {address:#x}");
-        for (key, said, found) in differences(&info, self.candidate, profile) {
+        for (key, said, found) in differences(&info, &image, self.candidate.mode, profile) {
             self.conflict(
                 Subject::VmcoreInfo,
                 found,
@@ -528,99 +555,8 @@ impl<'a> Attempt<'a> {
     }
 }
 
-/// The banner without its build's number: "… #1 SMP …" becomes "… # SMP …".
-fn without_number(banner: &str) -> String {
-    match banner.rsplit_once(" #") {
-        Some((before, after)) => {
-            let after = after.trim_start_matches(|c: char| c.is_ascii_digit());
-            format!("{before} #{after}")
-        }
-        None => banner.to_owned(),
-    }
-}
-
-/// What VMCOREINFO says otherwise than page tables and symbols: the key, its
-/// value, and what was found.
-pub(crate) fn differences(
-    info: &VmcoreInfo,
-    candidate: &Candidate,
-    profile: &Profile,
-) -> Vec<(&'static str, String, String)> {
-    let KernelImage {
-        virtual_base,
-        physical_base,
-        slide,
-        ..
-    } = candidate.image;
-    let mut all = Vec::new();
-    if let Some(said) = info.kernel_offset
-        && said != slide
-    {
-        all.push((
-            "KERNELOFFSET",
-            format!("{said:x}"),
-            format!("a slide of {slide:#x}"),
-        ));
-    }
-    let base =
-        physical_base.as_u64() as i64 - virtual_base.as_u64().wrapping_sub(START_KERNEL_MAP) as i64;
-    if let Some(said) = info.physical_base
-        && said != base
-    {
-        let found = format!("the image at physical {physical_base}");
-        all.push(("NUMBER(phys_base)", said.to_string(), found));
-    }
-    let symbol = |names: &[&str]| names.iter().find_map(|name| profile.symbols.address(name));
-    for (key, said, names) in [
-        ("SYMBOL(_stext)", info.text_start, &["_stext"][..]),
-        (
-            "SYMBOL(init_top_pgt)",
-            info.page_table_root,
-            &["init_top_pgt", "swapper_pg_dir"],
-        ),
-    ] {
-        if let (Some(said), Some(found)) = (said, symbol(names))
-            && said != found
-        {
-            all.push((key, format!("{said:x}"), format!("{} at {found}", names[0])));
-        }
-    }
-    let five = candidate.mode == PagingMode::FiveLevel;
-    if let Some(said) = info.five_levels
-        && said != five
-    {
-        let levels = if five { "five" } else { "four" };
-        let found = format!("page tables of {levels} levels");
-        all.push((
-            "NUMBER(pgtable_l5_enabled)",
-            u8::from(said).to_string(),
-            found,
-        ));
-    }
-    if let (Some(said), Some(found)) = (&info.build_id, &profile.build_id)
-        && said != found
-    {
-        all.push((
-            "BUILD-ID",
-            said.to_string(),
-            format!("the build id {found}"),
-        ));
-    }
-    if let Some(said) = &info.release {
-        let release = profile.banner.split(' ').nth(2).unwrap_or_default();
-        if !release.is_empty() && said != release {
-            all.push((
-                "OSRELEASE",
-                said.clone(),
-                format!("the banner's {release:?}"),
-            ));
-        }
-    }
-    all
-}
-
 /// The bytes of a blob that starts at `offset`, by its header.
-fn btf_range(image: &Image<'_>, offset: u64) -> Option<Range<u64>> {
+pub(crate) fn btf_range(image: &Image<'_>, offset: u64) -> Option<Range<u64>> {
     let mut header = [0; HEADER_LENGTH];
     image.read(offset, &mut header).ok()?;
     let left = image

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
 
 use crate::attempt::Attempt;
+use crate::rivals;
 use crate::tables::{self, Candidate};
 use crate::{Conflict, Isf, IsfError, Kernel, Subject, TablesFrom};
 
@@ -57,7 +58,7 @@ pub enum Search {
     #[default]
     Quick,
     /// All of memory: page tables, symbol tables, types, banners and
-    /// VMCOREINFO. It takes about a second for 4 GiB.
+    /// VMCOREINFO. It takes about a second for each GiB.
     Thorough,
 }
 
@@ -164,6 +165,9 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
             other: describe(candidate, complete.contains(&candidate.shared)),
             why,
         });
+    }
+    if options.search == Search::Thorough {
+        rivals::search_all(memory, &mut kernel);
     }
     Ok(kernel)
 }

@@ -11,8 +11,8 @@ use crate::KernelImage;
 
 /// Bytes searched at once: they stay in the processor's cache.
 const CHUNK: usize = 256 << 10;
-/// Matches of one pattern that are looked at. A kernel has one or two.
-const MAXIMUM_MATCHES: usize = 64;
+/// Matches of one pattern that are looked at. A kernel has about ten.
+pub(crate) const MAXIMUM_MATCHES: usize = 4096;
 
 /// Reads the image by offset from `_text` or by virtual address.
 #[derive(Clone, Copy)]
@@ -118,7 +118,8 @@ impl<'a> Image<'a> {
         ranges
     }
 
-    /// Where each of `patterns` occurs in `ranges`.
+    /// Where each of `patterns` occurs in `ranges`, the first
+    /// [`MAXIMUM_MATCHES`] of each.
     pub(crate) fn search<const COUNT: usize>(
         &self,
         ranges: &[Range<u64>],

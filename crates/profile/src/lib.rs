@@ -4,6 +4,7 @@
 
 mod attempt;
 mod cache;
+mod crosscheck;
 mod find;
 mod image;
 mod isf;
@@ -13,6 +14,7 @@ mod locate;
 mod module;
 mod notes;
 mod profile;
+mod rivals;
 mod symbols;
 mod tables;
 mod types;

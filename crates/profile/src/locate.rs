@@ -217,6 +217,16 @@ fn words(bytes: &[u8]) -> Vec<u32> {
     words.map(|bytes| u32::from_le_bytes(*bytes)).collect()
 }
 
+/// Where a symbol table starts whose token table has its digits at `digits`,
+/// and how many symbols it has, whatever their addresses.
+pub(crate) fn table_like(image: &Image<'_>, digits: u64) -> Option<(u64, u32)> {
+    let (token_table, _) = locate_tokens(image, digits)?;
+    locate_markers(image, token_table.start)?
+        .into_iter()
+        .find_map(|(start, markers)| locate_names(image, start, &markers))
+        .map(|(start, names, _)| (start, names.count))
+}
+
 /// The symbol table whose token table has its digits at `digits`, if there
 /// is one.
 pub(crate) fn locate(image: &Image<'_>, digits: u64) -> Option<(Location, Symbols)> {
