@@ -2,11 +2,11 @@
 //! (`css_set`, `include/linux/cgroup-defs.h`; `kernfs_node`,
 //! `include/linux/kernfs.h`).
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use secmon_memory::VirtualAddress;
 
+use crate::linux::hash::AddressMap;
 use crate::linux::list::{LIMIT, is_object_address, nodes};
 use crate::{Guest, TableError, Text, layout};
 
@@ -93,7 +93,7 @@ pub struct Cgroups {
     link: Option<Arc<LinkLayout>>,
     cgroup: Arc<CgroupLayout>,
     kernfs: Arc<KernfsLayout>,
-    known: Mutex<HashMap<VirtualAddress, Arc<Membership>>>,
+    known: Mutex<AddressMap<Arc<Membership>>>,
 }
 
 impl Cgroups {

@@ -4,6 +4,8 @@
 //! `wq_worker_comm`, `kernel/workqueue.c`; `get_kthread_comm`,
 //! `kernel/kthread.c`).
 
+use std::sync::Arc;
+
 use secmon_memory::{ReadError, VirtualAddress};
 
 use crate::linux::list::is_object_address;
@@ -42,25 +44,95 @@ layout! {
     }
 }
 
-/// The name of `task` as in `/proc/PID/comm`. What a kernel thread has beyond
-/// `comm` is left out if it can't be read: nothing in it is needed to know the
-/// thread.
-pub fn command_name(guest: &Guest, table: &'static str, task: &Task) -> Vec<u8> {
-    let comm = task.comm();
-    if !task.is_kernel_thread() {
-        return comm.to_vec();
-    }
-    let longer = if task.flags & PF_WQ_WORKER != 0 {
-        worker_name(guest, table, task)
-    } else {
-        full_name(guest, table, task)
-    };
-    match longer {
-        Some(mut name) => {
-            name.truncate(LONGEST);
-            name
+/// Reads the names of tasks.
+pub struct CommandNames {
+    kthread: Option<Arc<KthreadLayout>>,
+    worker: Option<Arc<WorkerLayout>>,
+    workqueue: Option<Arc<WorkqueueLayout>>,
+}
+
+impl CommandNames {
+    /// A reader for `table`. What the types lack of workers is left out of
+    /// their names.
+    pub fn new(guest: &Guest, table: &'static str) -> Self {
+        Self {
+            kthread: guest.layout(table).ok(),
+            worker: guest.layout(table).ok(),
+            workqueue: guest.layout(table).ok(),
         }
-        None => comm.to_vec(),
+    }
+
+    /// The name of `task` as in `/proc/PID/comm`. What a kernel thread has
+    /// beyond `comm` is left out if it can't be read: nothing in it is needed
+    /// to know the thread.
+    pub fn of(&self, guest: &Guest, task: &Task) -> Vec<u8> {
+        let comm = task.comm();
+        if !task.is_kernel_thread() {
+            return comm.to_vec();
+        }
+        let longer = if task.flags & PF_WQ_WORKER != 0 {
+            self.worker_name(guest, task)
+        } else {
+            self.full_name(guest, task)
+        };
+        match longer {
+            Some(mut name) => {
+                name.truncate(LONGEST);
+                name
+            }
+            None => comm.to_vec(),
+        }
+    }
+
+    fn full_name(&self, guest: &Guest, task: &Task) -> Option<Vec<u8>> {
+        let full_name = self.kthread.as_ref()?.full_name.as_ref()?;
+        let name = guest.pointer(kthread(guest, task)?, full_name).ok()?;
+        if name.is_null() {
+            return None;
+        }
+        guest.space().read_c_string(name, LONGEST).ok()
+    }
+
+    fn worker_name(&self, guest: &Guest, task: &Task) -> Option<Vec<u8>> {
+        let data = &self.kthread.as_ref()?.data;
+        let worker = guest.pointer(kthread(guest, task)?, data).ok()?;
+        if !is_object_address(guest.space(), worker) {
+            return None;
+        }
+        self.read_worker_name(guest, self.worker.as_ref()?, task.comm(), worker)
+            .ok()
+    }
+
+    fn read_worker_name(
+        &self,
+        guest: &Guest,
+        layout: &WorkerLayout,
+        comm: &[u8],
+        worker: VirtualAddress,
+    ) -> Result<Vec<u8>, ReadError> {
+        let mut name = comm.to_vec();
+        let workqueue = guest.pointer(worker, &layout.rescue_workqueue)?;
+        if !workqueue.is_null()
+            && comm.starts_with(RESCUER)
+            && let Some(layout) = &self.workqueue
+        {
+            let limit = layout.name.size.clamp(1, 32) as usize;
+            let address = workqueue.wrapping_add(layout.name.offset);
+            name = RESCUER.to_vec();
+            name.extend(guest.space().read_c_string(address, limit)?);
+        }
+        if guest.pointer(worker, &layout.pool)?.is_null() {
+            return Ok(name);
+        }
+        let limit = layout.description.size.clamp(1, 32) as usize;
+        let address = worker.wrapping_add(layout.description.offset);
+        let description = guest.space().read_c_string(address, limit)?;
+        if !description.is_empty() {
+            let idle = guest.pointer(worker, &layout.current_work)?.is_null();
+            name.push(if idle { b'-' } else { b'+' });
+            name.extend(description);
+        }
+        Ok(name)
     }
 }
 
@@ -73,56 +145,4 @@ fn kthread(guest: &Guest, task: &Task) -> Option<VirtualAddress> {
         .or(layout.set_child_tid.as_ref())?;
     let kthread = task.pointer(member);
     is_object_address(guest.space(), kthread).then_some(kthread)
-}
-
-fn full_name(guest: &Guest, table: &'static str, task: &Task) -> Option<Vec<u8>> {
-    let layout = guest.layout::<KthreadLayout>(table).ok()?;
-    let full_name = layout.full_name.as_ref()?;
-    let name = guest.pointer(kthread(guest, task)?, full_name).ok()?;
-    if name.is_null() {
-        return None;
-    }
-    guest.space().read_c_string(name, LONGEST).ok()
-}
-
-fn worker_name(guest: &Guest, table: &'static str, task: &Task) -> Option<Vec<u8>> {
-    let layout = guest.layout::<KthreadLayout>(table).ok()?;
-    let worker = guest.pointer(kthread(guest, task)?, &layout.data).ok()?;
-    if !is_object_address(guest.space(), worker) {
-        return None;
-    }
-    let layout = guest.layout::<WorkerLayout>(table).ok()?;
-    read_worker_name(guest, table, &layout, task.comm(), worker).ok()
-}
-
-fn read_worker_name(
-    guest: &Guest,
-    table: &'static str,
-    layout: &WorkerLayout,
-    comm: &[u8],
-    worker: VirtualAddress,
-) -> Result<Vec<u8>, ReadError> {
-    let mut name = comm.to_vec();
-    let workqueue = guest.pointer(worker, &layout.rescue_workqueue)?;
-    if !workqueue.is_null()
-        && comm.starts_with(RESCUER)
-        && let Ok(layout) = guest.layout::<WorkqueueLayout>(table)
-    {
-        let limit = layout.name.size.clamp(1, 32) as usize;
-        let address = workqueue.wrapping_add(layout.name.offset);
-        name = RESCUER.to_vec();
-        name.extend(guest.space().read_c_string(address, limit)?);
-    }
-    if guest.pointer(worker, &layout.pool)?.is_null() {
-        return Ok(name);
-    }
-    let limit = layout.description.size.clamp(1, 32) as usize;
-    let address = worker.wrapping_add(layout.description.offset);
-    let description = guest.space().read_c_string(address, limit)?;
-    if !description.is_empty() {
-        let idle = guest.pointer(worker, &layout.current_work)?.is_null();
-        name.push(if idle { b'-' } else { b'+' });
-        name.extend(description);
-    }
-    Ok(name)
 }

@@ -1,11 +1,13 @@
 //! Credentials: whose rights a task acts with (`struct cred`,
 //! `include/linux/cred.h`; `include/uapi/linux/capability.h`).
 
+use std::sync::Arc;
+
 use secmon_memory::{ReadError, VirtualAddress};
 use secmon_profile::{TypeError, Types};
 
 use crate::linux::snapshot::{Snapshot, Spans};
-use crate::{Guest, Layout, Value, layout};
+use crate::{Guest, Layout, TableError, Value, layout};
 
 /// The names of the capabilities, by number.
 const CAPABILITIES: [&str; 41] = [
@@ -217,17 +219,29 @@ impl Cred {
                 }),
         })
     }
+}
 
-    /// The supplementary group ids, as a list.
-    pub fn group_list(&self, guest: &Guest, table: &'static str) -> Value {
-        if self.groups.is_null() {
+/// Reads lists of supplementary groups.
+pub struct Groups {
+    layout: Arc<GroupLayout>,
+}
+
+impl Groups {
+    /// A reader for `table`.
+    ///
+    /// # Errors
+    /// [`TableError`] if the types lack groups.
+    pub fn new(guest: &Guest, table: &'static str) -> Result<Self, TableError> {
+        let layout = guest.layout(table)?;
+        Ok(Self { layout })
+    }
+
+    /// The supplementary group ids of `cred`, as a list.
+    pub fn of(&self, guest: &Guest, cred: &Cred) -> Value {
+        if cred.groups.is_null() {
             return Value::List(Vec::new());
         }
-        let layout = match guest.layout::<GroupLayout>(table) {
-            Ok(layout) => layout,
-            Err(error) => return Value::unreadable(error),
-        };
-        Value::from_read(read_groups(guest, &layout, self.groups), Value::from)
+        Value::from_read(read_groups(guest, &self.layout, cred.groups), Value::from)
     }
 }
 

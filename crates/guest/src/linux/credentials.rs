@@ -149,7 +149,12 @@ pub static CREDENTIALS: TableOf<Shared> = TableOf {
             Kind::List,
             Shown::OnRequest,
             "Supplementary group ids.",
-            |guest, shared| cred(shared, |cred| cred.group_list(guest, TABLE)),
+            |guest, shared| {
+                cred(shared, |cred| {
+                    let groups = shared.listing.groups.as_ref();
+                    Value::from_read(groups, |groups| groups.of(guest, cred))
+                })
+            },
         ),
         id(
             "user_namespace",

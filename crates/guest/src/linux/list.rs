@@ -9,10 +9,9 @@
 //! that is sound: a `list_head` list that is broken in the middle is finished
 //! from its other end. No node is handed out twice, the head never.
 
-use std::collections::HashSet;
-
 use secmon_memory::{AddressSpace, ReadError, VirtualAddress, Volatility};
 
+use crate::linux::hash::AddressSet;
 use crate::{Diagnostic, Diagnostics, Guest};
 
 /// More nodes than this are in no list: the kernel's own limit of process
@@ -160,11 +159,18 @@ pub struct ListNodes<'g> {
     /// The nodes walked in this direction: where to step back to if the last
     /// one is taken out of the list.
     trail: Vec<VirtualAddress>,
-    seen: HashSet<VirtualAddress>,
+    seen: AddressSet,
     /// Whether the walk has stepped back, so that known nodes come again.
     stepped_back: bool,
     /// A node that was accepted together with an error about its back link.
     pending: Option<VirtualAddress>,
+    /// The last node and where it led when it was reached: its two links are
+    /// read together. It is only a first guess of the way on.
+    ahead: Option<(VirtualAddress, VirtualAddress)>,
+    /// Whether nodes are noted in `seen`: from the start on a live guest, on
+    /// an image from the first link on that was not as it should be. Where
+    /// all links agree, no node can come twice.
+    noting: bool,
 }
 
 /// What one step found.
@@ -188,9 +194,11 @@ pub fn nodes<'g>(
         limit,
         direction: Direction::Forward,
         trail: Vec::new(),
-        seen: HashSet::new(),
+        seen: AddressSet::default(),
         stepped_back: false,
         pending: None,
+        ahead: None,
+        noting: space.memory().volatility() == Volatility::Live,
     }
 }
 
@@ -215,20 +223,34 @@ impl ListNodes<'_> {
         is_object_address(self.space, previous) && self.link(previous, forward) == Ok(node)
     }
 
-    /// One try to leave `node`.
-    fn try_step(&self, node: VirtualAddress) -> Result<VirtualAddress, ListError> {
-        let (forward, back) = self.direction.offsets();
-        let next = self.link(node, forward)?;
+    /// Both links of `node`: the one that is followed, and its back link.
+    fn links(&self, node: VirtualAddress) -> Result<(VirtualAddress, VirtualAddress), ReadError> {
+        let mut bytes = [[0; 8]; 2];
+        self.space.read(node, bytes.as_flattened_mut())?;
+        let [next, previous] = bytes.map(|bytes| VirtualAddress::new(u64::from_le_bytes(bytes)));
+        Ok(match self.direction {
+            Direction::Backward => (previous, next),
+            Direction::Forward | Direction::Over => (next, previous),
+        })
+    }
+
+    /// One try to leave `node`; `first` says whether the step was tried
+    /// before.
+    fn try_step(&mut self, node: VirtualAddress, first: bool) -> Result<VirtualAddress, ListError> {
+        let (forward, _) = self.direction.offsets();
+        let next = match self.ahead {
+            Some((known, next)) if first && known == node => next,
+            _ => self.link(node, forward)?,
+        };
         if !is_object_address(self.space, next) {
             return Err(ListError::Wild { node, found: next });
         }
-        let found = self.link(next, back).map_err(|error| match error {
-            // The link leads to memory that is not there: it is the link that
-            // is wrong.
-            ListError::Read { source, .. } => ListError::Read { node, source },
-            other => other,
-        })?;
+        // A link that leads to memory which is not there is wrong itself.
+        let (after, found) = self
+            .links(next)
+            .map_err(|source| ListError::Read { node, source })?;
         if found == node {
+            self.ahead = Some((next, after));
             return Ok(next);
         }
         Err(ListError::Mismatch { node, next, found })
@@ -249,7 +271,7 @@ impl ListNodes<'_> {
         let mut known = 0;
         loop {
             let node = self.current();
-            match self.try_step(node) {
+            match self.try_step(node, attempt == 0) {
                 Ok(next) if next == self.head => return Step::End,
                 Ok(next) if !self.seen.contains(&next) => return Step::Node(next),
                 Ok(next) => {
@@ -264,6 +286,7 @@ impl ListNodes<'_> {
                     self.trail.push(next);
                 }
                 Err(error) => {
+                    self.start_noting();
                     if let ListError::Mismatch { next, found, .. } = error
                         && self.is_half_done(node, found)
                         && !self.seen.contains(&next)
@@ -290,13 +313,23 @@ impl ListNodes<'_> {
         }
     }
 
+    /// Notes the nodes so far: from now on one may come twice.
+    fn start_noting(&mut self) {
+        if !self.noting {
+            self.noting = true;
+            self.seen.extend(&self.trail);
+        }
+    }
+
     /// Takes a new node in; an error if there are too many.
     fn accept(&mut self, node: VirtualAddress) -> Result<VirtualAddress, ListError> {
-        if self.seen.len() >= self.limit {
+        if self.seen.len().max(self.trail.len()) >= self.limit {
             self.direction = Direction::Over;
             return Err(ListError::TooLong { limit: self.limit });
         }
-        self.seen.insert(node);
+        if self.noting {
+            self.seen.insert(node);
+        }
         self.trail.push(node);
         Ok(node)
     }
@@ -369,7 +402,7 @@ pub struct ChainNodes<'g> {
     end: ChainEnd,
     limit: usize,
     trail: Vec<VirtualAddress>,
-    seen: HashSet<VirtualAddress>,
+    seen: AddressSet,
     stepped_back: bool,
     over: bool,
 }
@@ -390,7 +423,7 @@ pub fn chain_nodes<'g>(
         end,
         limit,
         trail: Vec::new(),
-        seen: HashSet::new(),
+        seen: AddressSet::default(),
         stepped_back: false,
         over: false,
     }
@@ -586,6 +619,7 @@ mod tests {
     use super::*;
     use crate::linux::synthetic::{Synthetic, node, write};
     use proptest::prelude::*;
+    use std::collections::HashSet;
 
     fn address(index: u64) -> u64 {
         node(index).as_u64()
@@ -692,7 +726,7 @@ mod tests {
         ring(&memory, 0..6);
         let mut done = false;
         memory.on_read(Box::new(move |bytes, read| {
-            if read >= 5 && !done {
+            if read >= 4 && !done {
                 done = true;
                 // 2 goes away and its memory is used for something else.
                 write(bytes, address(1), address(3));

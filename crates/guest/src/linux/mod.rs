@@ -9,6 +9,7 @@ pub mod cred;
 pub mod credentials;
 pub mod file;
 pub mod files;
+pub(crate) mod hash;
 pub mod kmsg;
 pub mod list;
 pub mod maple_tree;

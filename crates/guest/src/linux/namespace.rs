@@ -1,12 +1,12 @@
 //! Namespaces: what of the system a process sees (`include/linux/nsproxy.h`,
 //! `include/linux/ns_common.h`).
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use secmon_memory::VirtualAddress;
 use secmon_profile::{TypeError, Types};
 
+use crate::linux::hash::AddressMap;
 use crate::linux::list::is_object_address;
 use crate::linux::process::{PidLayout, Process, UpidLayout};
 use crate::{Guest, Layout, TableError, layout};
@@ -128,7 +128,7 @@ pub struct Namespaces {
     model: Arc<NamespaceModel>,
     pid: Arc<PidLayout>,
     upid: Arc<UpidLayout>,
-    inodes: Mutex<HashMap<VirtualAddress, u32>>,
+    inodes: Mutex<AddressMap<u32>>,
 }
 
 impl Namespaces {
@@ -164,7 +164,7 @@ impl Namespaces {
         let nsproxy = &self.model.nsproxy;
         let member = match kind {
             Kind::User => {
-                let cred = process.cred.as_ref().map_err(ToString::to_string)?;
+                let cred = process.cred(guest).map_err(ToString::to_string)?;
                 return checked(guest, kind, cred.user_namespace).map(Some);
             }
             Kind::Pid => return self.pid_namespace(guest, process),

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use secmon_memory::VirtualAddress;
 
-use crate::linux::command_name::command_name;
 use crate::linux::list::entries;
 use crate::linux::namespace::{Kind as NamespaceKind, Namespaces};
 use crate::linux::process::{self, Listing};
@@ -204,7 +203,7 @@ fn namespaces(
                     let pid = thread.task.tgid;
                     members.pids.insert(pid);
                     if members.first.as_ref().is_none_or(|(first, _)| pid < *first) {
-                        let comm = Text::new(command_name(guest, TABLE, &thread.task));
+                        let comm = Text::new(thread.listing.names.of(guest, &thread.task));
                         members.first = Some((pid, comm));
                     }
                 }

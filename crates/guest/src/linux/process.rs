@@ -10,14 +10,16 @@ use std::sync::Arc;
 use secmon_memory::{ReadError, VirtualAddress, Volatility};
 use secmon_profile::{Member, TypeError, Types};
 
-use crate::linux::cgroup::Cgroups;
+use crate::linux::cgroup::{self, Cgroups};
 use crate::linux::clock::Clock;
-use crate::linux::cred::{Cred, CredModel};
+use crate::linux::command_name::CommandNames;
+use crate::linux::cred::{Cred, CredModel, Groups};
 use crate::linux::namespace::{Kind, Namespaces};
 use crate::linux::path::{Path, PathPointer, Paths};
 use crate::linux::per_cpu::PerCpu;
 use crate::linux::snapshot::{Snapshot, Spans};
 use crate::linux::task::{self, Membership, Task, TaskError};
+use crate::linux::tty::Terminals;
 use crate::linux::user;
 use crate::table::Items;
 use crate::{Diagnostic, Guest, Layout, Selection, TableError, Value, layout};
@@ -186,6 +188,12 @@ pub struct Listing {
     upid: Part<Arc<UpidLayout>>,
     fs: Part<Arc<FsLayout>>,
     file: Part<Arc<FileLayout>>,
+    /// Names of tasks.
+    pub names: CommandNames,
+    /// Names of terminals.
+    pub terminals: Part<Terminals>,
+    /// Supplementary groups.
+    pub groups: Part<Groups>,
     /// Paths as a process with the root of the guest's first one sees them.
     pub paths: Part<Paths>,
     /// Cgroups.
@@ -228,6 +236,9 @@ impl Listing {
             upid: part(guest.layout(table)),
             fs,
             file: part(guest.layout(table)),
+            names: CommandNames::new(guest, table),
+            terminals: part(Terminals::new(guest, table)),
+            groups: part(Groups::new(guest, table)),
             paths: part(Paths::new(guest, table, root)),
             cgroups: part(Cgroups::new(guest, table)),
             clock: part(Clock::read(guest, table)),
@@ -287,22 +298,24 @@ struct Mm {
 }
 
 /// A process, or a thread with what belongs to it.
+///
+/// On a live guest all of it is copied at once, so that it was true together;
+/// of an image only what is asked for.
 pub struct Process {
     /// Its task.
     pub task: Task,
     /// The listing that it belongs to.
     pub listing: Arc<Listing>,
-    /// Its objective credentials.
-    pub cred: Result<Cred, ReadError>,
-    /// The id of its parent process in the initial pid namespace.
-    pub parent: Result<u32, ReadError>,
-    /// The id of its process group, likewise.
-    pub process_group: Result<u32, ReadError>,
-    /// The id of its session, likewise.
-    pub session: Result<u32, ReadError>,
-    signal: Result<Snapshot, ReadError>,
-    mm: Option<Result<Mm, ReadError>>,
     membership: Membership,
+    cred: OnceCell<Result<Cred, ReadError>>,
+    parent: OnceCell<Result<u32, ReadError>>,
+    process_group: OnceCell<Result<u32, ReadError>>,
+    session: OnceCell<Result<u32, ReadError>>,
+    signal: OnceCell<Result<Snapshot, ReadError>>,
+    mm: OnceCell<Result<Mm, ReadError>>,
+    executable: OnceCell<Result<Option<Arc<Path>>, String>>,
+    memory_size: OnceCell<Result<Option<MemorySize>, String>>,
+    cgroups: OnceCell<Part<Arc<cgroup::Membership>>>,
     cpu_time: OnceCell<Result<(u64, u64), String>>,
 }
 
@@ -393,60 +406,137 @@ impl Process {
     }
 
     fn gather(guest: &Guest, listing: &Arc<Listing>, task: Task, membership: Membership) -> Self {
-        let space = guest.space();
-        let signal = listing.signal.spans.read(space, task.signal);
-        let pid_number = |kind: u64| {
-            let signal = signal.as_ref().map_err(Clone::clone)?;
-            let offset = listing.signal.layout.pids.offset.wrapping_add(kind * 8);
-            let pid = listing.signal.spans.bytes(signal, offset, 8);
-            let pid = pid.and_then(|bytes| bytes.try_into().ok());
-            let pid = VirtualAddress::new(pid.map_or(0, u64::from_le_bytes));
-            if pid.is_null() {
-                return Ok(0);
-            }
-            space.read_u32(pid.wrapping_add(listing.pid.numbers.offset))
-        };
-        let mm = (!task.mm.is_null())
-            .then_some(listing.mm.as_ref().ok())
-            .flatten()
-            .map(|model| {
-                let snapshot = model.spans.read(space, task.mm)?;
-                Ok(Mm {
-                    exe_file: model.spans.pointer(&snapshot, &model.layout.exe_file),
-                    snapshot,
-                })
-            });
-        Self {
-            cred: Cred::read(guest, &listing.cred, task.real_cred),
-            parent: guest
-                .number(task.real_parent, &listing.task.layout.tgid)
-                .map(|tgid| tgid as u32),
-            process_group: pid_number(PROCESS_GROUP),
-            session: pid_number(SESSION),
-            listing: listing.clone(),
-            signal,
-            mm,
+        let process = Self {
             task,
+            listing: listing.clone(),
             membership,
+            cred: OnceCell::new(),
+            parent: OnceCell::new(),
+            process_group: OnceCell::new(),
+            session: OnceCell::new(),
+            signal: OnceCell::new(),
+            mm: OnceCell::new(),
+            executable: OnceCell::new(),
+            memory_size: OnceCell::new(),
+            cgroups: OnceCell::new(),
             cpu_time: OnceCell::new(),
+        };
+        if guest.space().memory().volatility() == Volatility::Live {
+            let _ = process.cred(guest);
+            let _ = process.parent(guest);
+            let _ = process.process_group(guest);
+            let _ = process.session(guest);
+            let _ = process.mm(guest);
         }
+        process
+    }
+
+    /// Its objective credentials.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the memory.
+    pub fn cred(&self, guest: &Guest) -> Result<&Cred, &ReadError> {
+        self.cred
+            .get_or_init(|| Cred::read(guest, &self.listing.cred, self.task.real_cred))
+            .as_ref()
+    }
+
+    /// The id of its parent process in the initial pid namespace.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the memory.
+    pub fn parent(&self, guest: &Guest) -> Result<u32, &ReadError> {
+        let tgid = &self.listing.task.layout.tgid;
+        let read = || guest.number(self.task.real_parent, tgid);
+        let found = self.parent.get_or_init(|| read().map(|tgid| tgid as u32));
+        found.as_ref().copied()
+    }
+
+    /// The id of its process group in the initial pid namespace.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the memory.
+    pub fn process_group(&self, guest: &Guest) -> Result<u32, &ReadError> {
+        let read = || self.pid_number(guest, PROCESS_GROUP);
+        self.process_group.get_or_init(read).as_ref().copied()
+    }
+
+    /// The id of its session in the initial pid namespace.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the memory.
+    pub fn session(&self, guest: &Guest) -> Result<u32, &ReadError> {
+        let read = || self.pid_number(guest, SESSION);
+        self.session.get_or_init(read).as_ref().copied()
+    }
+
+    /// The number of one of the `pid`s of the signal descriptor.
+    fn pid_number(&self, guest: &Guest, kind: u64) -> Result<u32, ReadError> {
+        let spans = &self.listing.signal.spans;
+        let signal = self.signal(guest).map_err(Clone::clone)?;
+        let offset = self.signal_layout().pids.offset.wrapping_add(kind * 8);
+        let pid = spans.bytes(signal, offset, 8);
+        let pid = pid.and_then(|bytes| bytes.try_into().ok());
+        let pid = VirtualAddress::new(pid.map_or(0, u64::from_le_bytes));
+        if pid.is_null() {
+            return Ok(0);
+        }
+        let number = pid.wrapping_add(self.listing.pid.numbers.offset);
+        guest.space().read_u32(number)
+    }
+
+    fn signal(&self, guest: &Guest) -> Result<&Snapshot, &ReadError> {
+        let spans = &self.listing.signal.spans;
+        self.signal
+            .get_or_init(|| spans.read(guest.space(), self.task.signal))
+            .as_ref()
+    }
+
+    /// The memory descriptor; none for a process without memory of its own.
+    fn mm(&self, guest: &Guest) -> Result<Option<&Mm>, String> {
+        if self.task.mm.is_null() {
+            return Ok(None);
+        }
+        let model = self.listing.mm.as_ref().map_err(ToString::to_string)?;
+        let read = || {
+            let snapshot = model.spans.read(guest.space(), self.task.mm)?;
+            Ok(Mm {
+                exe_file: model.spans.pointer(&snapshot, &model.layout.exe_file),
+                snapshot,
+            })
+        };
+        let found = self.mm.get_or_init(read).as_ref();
+        found.map(Some).map_err(ToString::to_string)
     }
 
     /// The number in a member of the process's [`SignalLayout`].
     ///
     /// # Errors
     /// [`ReadError`] if the signal descriptor could not be read.
-    pub fn signal_number(&self, member: &Member) -> Result<u64, ReadError> {
+    pub fn signal_number(&self, guest: &Guest, member: &Member) -> Result<u64, ReadError> {
         let spans = &self.listing.signal.spans;
-        self.signal
-            .as_ref()
-            .map(|signal| spans.number(signal, member))
-            .map_err(Clone::clone)
+        let signal = self.signal(guest).map_err(Clone::clone)?;
+        Ok(spans.number(signal, member))
     }
 
     /// The signal descriptor's members.
     pub fn signal_layout(&self) -> &SignalLayout {
         &self.listing.signal.layout
+    }
+
+    /// Its cgroups.
+    ///
+    /// # Errors
+    /// A text that says why they can't be read.
+    pub fn cgroups(&self, guest: &Guest) -> Result<&cgroup::Membership, &Arc<str>> {
+        let read = || {
+            let cgroups = self.listing.cgroups.as_ref().map_err(Clone::clone)?;
+            let member = self.listing.task.layout.cgroups.as_ref();
+            let member = member.ok_or("the kernel has no task_struct.cgroups")?;
+            Ok(cgroups.of(guest, self.task.pointer(member)))
+        };
+        let found = self.cgroups.get_or_init(read).as_ref();
+        found.map(AsRef::as_ref)
     }
 
     /// On a live guest: whether the process still is what was copied, so that
@@ -476,17 +566,18 @@ impl Process {
     ///
     /// # Errors
     /// A text that says what could not be read.
-    pub fn executable(&self, guest: &Guest) -> Result<Option<Arc<Path>>, String> {
-        let Some(mm) = &self.mm else {
-            if let (false, Err(reason)) = (self.task.mm.is_null(), &self.listing.mm) {
-                return Err(reason.to_string());
-            }
-            return Ok(None);
-        };
-        let mm = mm.as_ref().map_err(ToString::to_string)?;
-        if mm.exe_file.is_null() || self.task.is_kernel_thread() {
+    pub fn executable(&self, guest: &Guest) -> Result<Option<&Path>, &String> {
+        let found = self.executable.get_or_init(|| self.read_executable(guest));
+        found.as_ref().map(Option::as_deref)
+    }
+
+    fn read_executable(&self, guest: &Guest) -> Result<Option<Arc<Path>>, String> {
+        if self.task.is_kernel_thread() {
             return Ok(None);
         }
+        let Some(mm) = self.mm(guest)?.filter(|mm| !mm.exe_file.is_null()) else {
+            return Ok(None);
+        };
         let file = self.listing.file.as_ref().map_err(ToString::to_string)?;
         let pointer = PathPointer::read(guest.space(), mm.exe_file.wrapping_add(file.path.offset));
         let found = pointer
@@ -550,11 +641,17 @@ impl Process {
     ///
     /// # Errors
     /// A text that says what could not be read.
-    pub fn memory_size(&self, guest: &Guest) -> Result<Option<MemorySize>, String> {
-        let Some(mm) = &self.mm else {
+    pub fn memory_size(&self, guest: &Guest) -> Result<Option<MemorySize>, &String> {
+        let found = self
+            .memory_size
+            .get_or_init(|| self.read_memory_size(guest));
+        found.as_ref().copied()
+    }
+
+    fn read_memory_size(&self, guest: &Guest) -> Result<Option<MemorySize>, String> {
+        let Some(mm) = self.mm(guest)? else {
             return Ok(None);
         };
-        let mm = mm.as_ref().map_err(ToString::to_string)?;
         let model = self.listing.mm.as_ref().map_err(ToString::to_string)?;
         let pages = model.spans.number(&mm.snapshot, &model.layout.total_vm);
         let resident = self.resident_pages(guest, model, mm)?;
@@ -666,31 +763,32 @@ impl Process {
     pub fn total_cpu_time(&self, guest: &Guest) -> Result<(u64, u64), String> {
         let count = || -> Result<(u64, u64), String> {
             let threads = self
-                .signal_number(&self.signal_layout().threads)
+                .signal_number(guest, &self.signal_layout().threads)
                 .map_err(|error| error.to_string())?;
             let time = if threads == 1 {
-                self.cpu_time(std::iter::once(&self.task))
+                self.sum_cpu_time(guest, std::iter::once(&self.task))
             } else {
                 let threads: Vec<Task> = task::threads(guest, self.listing.table, &self.task)
                     .map_err(|error| error.to_string())?
                     .collect();
-                self.cpu_time(threads.iter())
+                self.sum_cpu_time(guest, threads.iter())
             };
             time.map_err(|error| error.to_string())
         };
         self.cpu_time.get_or_init(count).clone()
     }
 
-    fn cpu_time<'t>(
+    fn sum_cpu_time<'t>(
         &self,
+        guest: &Guest,
         threads: impl Iterator<Item = &'t Task>,
     ) -> Result<(u64, u64), ReadError> {
         let layout = &self.listing.task.layout;
         let signal = self.signal_layout();
         let mut time = CpuTime {
-            user: self.signal_number(&signal.utime)?,
-            system: self.signal_number(&signal.stime)?,
-            run: self.signal_number(&signal.sum_sched_runtime)?,
+            user: self.signal_number(guest, &signal.utime)?,
+            system: self.signal_number(guest, &signal.stime)?,
+            run: self.signal_number(guest, &signal.sum_sched_runtime)?,
         };
         for thread in threads {
             time.user = time.user.wrapping_add(thread.number(&layout.utime));
@@ -701,8 +799,8 @@ impl Process {
         }
         match (&signal.previous_utime, &signal.previous_stime) {
             (Some(user), Some(system)) => {
-                let user = self.signal_number(user)?;
-                let system = self.signal_number(system)?;
+                let user = self.signal_number(guest, user)?;
+                let system = self.signal_number(guest, system)?;
                 Ok(time.adjusted(user, system))
             }
             _ => Ok((time.user, time.system)),

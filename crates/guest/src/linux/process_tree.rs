@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use crate::linux::command_name::command_name;
 use crate::linux::process::{self, Listing, Process};
 use crate::linux::processes::state;
 use crate::table::Items;
@@ -19,6 +18,12 @@ pub struct Node {
     depth: usize,
     /// The lines before the name.
     drawing: String,
+}
+
+impl Node {
+    fn name(&self, guest: &Guest) -> Vec<u8> {
+        self.process.listing.names.of(guest, &self.process.task)
+    }
 }
 
 const fn column(
@@ -58,7 +63,7 @@ pub static PROCESS_TREE: TableOf<Node> = TableOf {
             "Name behind the lines that lead to it.",
             |guest, node| {
                 let mut text = node.drawing.clone().into_bytes();
-                text.extend(command_name(guest, TABLE, &node.process.task));
+                text.extend(node.name(guest));
                 Value::text(text)
             },
         ),
@@ -74,7 +79,7 @@ pub static PROCESS_TREE: TableOf<Node> = TableOf {
             Kind::Unsigned,
             Shown::Always,
             "Real user id.",
-            |_, node| Value::from_read(node.process.cred.as_ref(), |cred| cred.uid.into()),
+            |guest, node| Value::from_read(node.process.cred(guest), |cred| cred.uid.into()),
         ),
         Column {
             name: "cmdline",
@@ -96,14 +101,14 @@ pub static PROCESS_TREE: TableOf<Node> = TableOf {
             Kind::Unsigned,
             Shown::OnRequest,
             "Id of the parent process; 0 for what the kernel started.",
-            |_, node| Value::from_read(node.process.parent.as_ref(), |pid| (*pid).into()),
+            |guest, node| Value::from_read(node.process.parent(guest), Value::from),
         ),
         column(
             "comm",
             Kind::Text,
             Shown::OnRequest,
             "Name alone.",
-            |guest, node| Value::text(command_name(guest, TABLE, &node.process.task)),
+            |guest, node| Value::text(node.name(guest)),
         ),
         column(
             "address",
@@ -131,7 +136,7 @@ fn nodes(
         .flatten()
         .map(|process| Link {
             pid: process.task.tgid,
-            parent: process.parent.as_ref().ok().copied(),
+            parent: process.parent(guest).ok(),
         })
         .collect();
     let (places, circular) = arrange(&links);

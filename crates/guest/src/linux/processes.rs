@@ -1,15 +1,12 @@
 //! The table `processes`.
 
-use std::sync::Arc;
+use secmon_memory::VirtualAddress;
 
-use crate::linux::command_name::command_name;
 use crate::linux::cred::{Cred, capability_digits, capability_names};
 use crate::linux::namespace::Kind as NamespaceKind;
-use crate::linux::path::Path;
 use crate::linux::process::{self, Listing, Process};
 use crate::linux::state::{State, has_exited};
 use crate::linux::task::TaskLayout;
-use crate::linux::tty::terminal;
 use crate::table::Items;
 use crate::{Column, Cost, Guest, Kind, Selection, Shown, TableError, TableOf, Value};
 
@@ -64,14 +61,14 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Unsigned,
             Shown::Always,
             "Id of the parent process; 0 for what the kernel started.",
-            |_, process| Value::from_read(process.parent.as_ref(), |pid| (*pid).into()),
+            |guest, process| Value::from_read(process.parent(guest), Value::from),
         ),
         column(
             "uid",
             Kind::Unsigned,
             Shown::Always,
             "Real user id.",
-            |_, process| cred(process, |cred| cred.uid),
+            |guest, process| cred(guest, process, |cred| cred.uid),
         ),
         column(
             "state",
@@ -97,23 +94,14 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Text,
             Shown::Always,
             "Controlling terminal below /dev; null if there is none.",
-            |guest, process| {
-                let tty = process.signal_number(&process.signal_layout().tty);
-                Value::from_read(tty, |tty| {
-                    terminal(
-                        guest,
-                        process.listing.table,
-                        secmon_memory::VirtualAddress::new(tty),
-                    )
-                })
-            },
+            terminal,
         ),
         column(
             "comm",
             Kind::Text,
             Shown::Always,
             "Name, as in /proc/PID/comm: for workers of workqueues with what they work on.",
-            |guest, process| Value::text(command_name(guest, process.listing.table, &process.task)),
+            |guest, process| Value::text(process.listing.names.of(guest, &process.task)),
         ),
         column(
             "exe",
@@ -121,7 +109,7 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Shown::Always,
             "Path of the executable; null for a kernel thread or zombie. A deleted file keeps \
              its path.",
-            |guest, process| optional(process.executable(guest), path),
+            |guest, process| optional(process.executable(guest), |path| path.text.clone().into()),
         ),
         column(
             "exe_deleted",
@@ -149,7 +137,11 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Shown::OnRequest,
             "Working directory, as it looks from the root of the guest's first process, also for \
              a process in a container; null for a zombie.",
-            |guest, process| optional(process.working_directory(guest), path),
+            |guest, process| {
+                optional(process.working_directory(guest), |path| {
+                    path.text.clone().into()
+                })
+            },
         ),
         column(
             "root",
@@ -157,7 +149,7 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Shown::OnRequest,
             "Root directory, as it looks from the root of the guest's first process; / where it \
              is the root of another mount namespace; null for a zombie.",
-            |guest, process| optional(process.root(guest), path),
+            |guest, process| optional(process.root(guest), |path| path.text.clone().into()),
         ),
         column(
             "kernel_thread",
@@ -171,49 +163,49 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Unsigned,
             Shown::OnRequest,
             "Real group id.",
-            |_, process| cred(process, |cred| cred.gid),
+            |guest, process| cred(guest, process, |cred| cred.gid),
         ),
         column(
             "euid",
             Kind::Unsigned,
             Shown::OnRequest,
             "Effective user id.",
-            |_, process| cred(process, |cred| cred.euid),
+            |guest, process| cred(guest, process, |cred| cred.euid),
         ),
         column(
             "egid",
             Kind::Unsigned,
             Shown::OnRequest,
             "Effective group id.",
-            |_, process| cred(process, |cred| cred.egid),
+            |guest, process| cred(guest, process, |cred| cred.egid),
         ),
         column(
             "suid",
             Kind::Unsigned,
             Shown::OnRequest,
             "Saved user id.",
-            |_, process| cred(process, |cred| cred.suid),
+            |guest, process| cred(guest, process, |cred| cred.suid),
         ),
         column(
             "sgid",
             Kind::Unsigned,
             Shown::OnRequest,
             "Saved group id.",
-            |_, process| cred(process, |cred| cred.sgid),
+            |guest, process| cred(guest, process, |cred| cred.sgid),
         ),
         column(
             "fsuid",
             Kind::Unsigned,
             Shown::OnRequest,
             "User id for file access.",
-            |_, process| cred(process, |cred| cred.fsuid),
+            |guest, process| cred(guest, process, |cred| cred.fsuid),
         ),
         column(
             "fsgid",
             Kind::Unsigned,
             Shown::OnRequest,
             "Group id for file access.",
-            |_, process| cred(process, |cred| cred.fsgid),
+            |guest, process| cred(guest, process, |cred| cred.fsgid),
         ),
         column(
             "groups",
@@ -221,8 +213,9 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Shown::OnRequest,
             "Supplementary group ids.",
             |guest, process| {
-                Value::from_read(process.cred.as_ref(), |cred| {
-                    cred.group_list(guest, process.listing.table)
+                Value::from_read(process.cred(guest), |cred| {
+                    let groups = process.listing.groups.as_ref();
+                    Value::from_read(groups, |groups| groups.of(guest, cred))
                 })
             },
         ),
@@ -231,8 +224,8 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::List,
             Shown::OnRequest,
             "Effective capabilities by name, without cap_; `all` for a full set.",
-            |_, process| {
-                Value::from_read(process.cred.as_ref(), |cred| {
+            |guest, process| {
+                Value::from_read(process.cred(guest), |cred| {
                     let full = process.listing.full_capabilities;
                     capability_names(cred.capabilities.effective, full)
                 })
@@ -243,35 +236,35 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Text,
             Shown::OnRequest,
             "Effective capabilities as 16 hexadecimal digits.",
-            |_, process| capability_set(process, |cred| cred.capabilities.effective),
+            |guest, process| capability_set(guest, process, |cred| cred.capabilities.effective),
         ),
         column(
             "cap_permitted",
             Kind::Text,
             Shown::OnRequest,
             "Permitted capabilities as 16 hexadecimal digits.",
-            |_, process| capability_set(process, |cred| cred.capabilities.permitted),
+            |guest, process| capability_set(guest, process, |cred| cred.capabilities.permitted),
         ),
         column(
             "cap_inheritable",
             Kind::Text,
             Shown::OnRequest,
             "Inheritable capabilities as 16 hexadecimal digits.",
-            |_, process| capability_set(process, |cred| cred.capabilities.inheritable),
+            |guest, process| capability_set(guest, process, |cred| cred.capabilities.inheritable),
         ),
         column(
             "cap_bounding",
             Kind::Text,
             Shown::OnRequest,
             "Capabilities that can ever be gained, as 16 hexadecimal digits.",
-            |_, process| capability_set(process, |cred| cred.capabilities.bounding),
+            |guest, process| capability_set(guest, process, |cred| cred.capabilities.bounding),
         ),
         column(
             "cap_ambient",
             Kind::Text,
             Shown::OnRequest,
             "Ambient capabilities as 16 hexadecimal digits.",
-            |_, process| capability_set(process, |cred| cred.capabilities.ambient),
+            |guest, process| capability_set(guest, process, |cred| cred.capabilities.ambient),
         ),
         column(
             "container",
@@ -343,9 +336,9 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Unsigned,
             Shown::OnRequest,
             "Number of threads.",
-            |_, process| {
+            |guest, process| {
                 Value::from_read(
-                    process.signal_number(&process.signal_layout().threads),
+                    process.signal_number(guest, &process.signal_layout().threads),
                     Value::from,
                 )
             },
@@ -355,14 +348,14 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Unsigned,
             Shown::OnRequest,
             "Session id.",
-            |_, process| Value::from_read(process.session.as_ref(), |id| (*id).into()),
+            |guest, process| Value::from_read(process.session(guest), Value::from),
         ),
         column(
             "process_group",
             Kind::Unsigned,
             Shown::OnRequest,
             "Process group id.",
-            |_, process| Value::from_read(process.process_group.as_ref(), |id| (*id).into()),
+            |guest, process| Value::from_read(process.process_group(guest), Value::from),
         ),
         column(
             "namespace_pids",
@@ -475,9 +468,9 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Signed,
             Shown::OnRequest,
             "What was added to its score as a victim when memory runs out, -1000 to 1000.",
-            |_, process| match &process.signal_layout().oom_score_adj {
+            |guest, process| match &process.signal_layout().oom_score_adj {
                 None => Value::Null,
-                Some(member) => Value::from_read(process.signal_number(member), |value| {
+                Some(member) => Value::from_read(process.signal_number(guest, member), |value| {
                     Value::Signed(i64::from(value as i16))
                 }),
             },
@@ -566,6 +559,18 @@ fn layout(process: &Process) -> &TaskLayout {
     &process.task.model().layout
 }
 
+fn terminal(guest: &Guest, process: &Process) -> Value {
+    let tty = match process.signal_number(guest, &process.signal_layout().tty) {
+        Ok(0) => return Value::Null,
+        Ok(tty) => VirtualAddress::new(tty),
+        Err(error) => return Value::unreadable(error),
+    };
+    match &process.listing.terminals {
+        Ok(terminals) => Value::from_read(terminals.name(guest, tty), Value::text),
+        Err(reason) => Value::unreadable(reason),
+    }
+}
+
 /// A member of at most 4 bytes that was read sign-extended, or a number that
 /// the types call unsigned.
 pub(crate) fn signed(value: u64) -> i64 {
@@ -587,21 +592,20 @@ pub(crate) fn state(process: &Process) -> State {
     )
 }
 
-fn cred(process: &Process, id: impl FnOnce(&Cred) -> u32) -> Value {
-    Value::from_read(process.cred.as_ref(), |cred| id(cred).into())
+fn cred(guest: &Guest, process: &Process, id: impl FnOnce(&Cred) -> u32) -> Value {
+    Value::from_read(process.cred(guest), |cred| id(cred).into())
 }
 
-fn capability_set(process: &Process, set: impl FnOnce(&Cred) -> u64) -> Value {
-    Value::from_read(process.cred.as_ref(), |cred| capability_digits(set(cred)))
+fn capability_set(guest: &Guest, process: &Process, set: impl FnOnce(&Cred) -> u64) -> Value {
+    Value::from_read(process.cred(guest), |cred| capability_digits(set(cred)))
 }
 
 /// The value of something that not every process has.
-fn optional<T>(found: Result<Option<T>, String>, value: impl FnOnce(&T) -> Value) -> Value {
-    Value::from_read(found, |found| found.as_ref().map_or(Value::Null, value))
-}
-
-fn path(path: &Arc<Path>) -> Value {
-    path.text.clone().into()
+fn optional<T, E: std::fmt::Display>(
+    found: Result<Option<T>, E>,
+    value: impl FnOnce(T) -> Value,
+) -> Value {
+    Value::from_read(found, |found| found.map_or(Value::Null, value))
 }
 
 fn cgroup(
@@ -609,13 +613,7 @@ fn cgroup(
     process: &Process,
     value: impl FnOnce(&crate::linux::cgroup::Membership) -> Value,
 ) -> Value {
-    let Some(member) = layout(process).cgroups.as_ref() else {
-        return Value::Null;
-    };
-    let set = process.task.pointer(member);
-    Value::from_read(process.listing.cgroups.as_ref(), |cgroups| {
-        value(&cgroups.of(guest, set))
-    })
+    Value::from_read(process.cgroups(guest), value)
 }
 
 fn cpu_time(guest: &Guest, process: &Process, part: fn((u64, u64)) -> u64) -> Value {

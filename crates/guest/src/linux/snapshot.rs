@@ -15,13 +15,17 @@ use crate::extract;
 const GAP: u64 = 192;
 /// No member is copied beyond this many bytes, whatever the types say.
 const LONGEST_MEMBER: u64 = 512;
+/// No member is copied that lies beyond this, whatever the types say: no
+/// structure is that long.
+const LARGEST_OFFSET: u64 = 1 << 20;
+/// Runs start and end at multiples of this many bytes.
+const SLOT: u64 = 8;
 
-/// A run of bytes of the structure and its place in the copy.
+/// A run of bytes of the structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Span {
     offset: u64,
     length: usize,
-    position: usize,
 }
 
 /// Which runs of a structure are copied.
@@ -29,6 +33,9 @@ struct Span {
 pub struct Spans {
     spans: Vec<Span>,
     size: usize,
+    /// For each 8 bytes of the structure, one more than the number of the 8
+    /// bytes of the copy where they are; 0 if they are not copied.
+    slots: Vec<u32>,
 }
 
 impl Spans {
@@ -36,25 +43,32 @@ impl Spans {
     pub fn covering<'m>(members: impl IntoIterator<Item = &'m Member>) -> Self {
         let mut ranges: Vec<(u64, u64)> = members
             .into_iter()
-            .map(|member| (member.offset, member.size.clamp(1, LONGEST_MEMBER)))
-            .filter_map(|(offset, size)| Some((offset, offset.checked_add(size)?)))
+            .filter(|member| member.offset < LARGEST_OFFSET)
+            .map(|member| {
+                let end = member.offset + member.size.clamp(1, LONGEST_MEMBER);
+                (member.offset / SLOT * SLOT, end.next_multiple_of(SLOT))
+            })
             .collect();
         ranges.sort_unstable();
         let mut joined: Vec<(u64, u64)> = Vec::new();
         for (start, end) in ranges {
             match joined.last_mut() {
-                Some(last) if start <= last.1.saturating_add(GAP) => last.1 = last.1.max(end),
+                Some(last) if start <= last.1 + GAP => last.1 = last.1.max(end),
                 _ => joined.push((start, end)),
             }
         }
         let mut result = Self::default();
         for (start, end) in joined {
-            // A run is at most (members * (LONGEST_MEMBER + GAP)) long.
             let length = (end - start) as usize;
             result.spans.push(Span {
                 offset: start,
                 length,
-                position: result.size,
+            });
+            let mut slot = (result.size as u64 / SLOT) as u32;
+            result.slots.resize((start / SLOT) as usize, 0);
+            result.slots.resize_with((end / SLOT) as usize, || {
+                slot += 1;
+                slot
             });
             result.size += length;
         }
@@ -78,16 +92,19 @@ impl Spans {
 
     /// The bytes of the copy that belong to `size` bytes at `offset` of the
     /// structure; none if they were not copied.
+    #[inline]
     pub fn bytes<'s>(&self, snapshot: &'s Snapshot, offset: u64, size: u64) -> Option<&'s [u8]> {
-        let index = self.spans.partition_point(|span| span.offset <= offset);
-        let span = self.spans.get(index.checked_sub(1)?)?;
-        let inside = usize::try_from(offset - span.offset).ok()?;
-        let size = usize::try_from(size).ok()?;
-        if inside.checked_add(size)? > span.length {
+        let slot = |offset: u64| {
+            let slot = *self.slots.get(usize::try_from(offset / SLOT).ok()?)?;
+            u64::from(slot).checked_sub(1)
+        };
+        let last = offset.checked_add(size.checked_sub(1)?)?;
+        let start = slot(offset)?;
+        if slot(last)?.wrapping_sub(start) != last / SLOT - offset / SLOT {
             return None;
         }
-        let start = span.position.checked_add(inside)?;
-        snapshot.0.get(start..start.checked_add(size)?)
+        let start = (start * SLOT + offset % SLOT) as usize;
+        snapshot.0.get(start..start + size as usize)
     }
 
     /// The member's bytes.
@@ -128,6 +145,7 @@ pub struct Snapshot(Box<[u8]>);
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn member(offset: u64, size: u64) -> Member {
         Member {
@@ -152,6 +170,7 @@ mod tests {
         ];
         let spans = Spans::covering(&members);
         assert_eq!(spans.spans.len(), 2);
+        assert_eq!(spans.slots.len(), 626);
         assert_eq!(spans.size, 88);
         let snapshot = Snapshot((0..88).collect());
         assert_eq!(spans.number(&snapshot, &members[1]), 0x0302_0100);
@@ -160,8 +179,32 @@ mod tests {
             spans.pointer(&snapshot, &members[0]).as_u64(),
             0x5756_5554_5352_5150
         );
+        assert_eq!(spans.number(&snapshot, &member(6, 4)), 0x0908_0706);
         assert_eq!(spans.number(&snapshot, &member(79, 2)), 0);
         assert_eq!(spans.number(&snapshot, &member(100, 8)), 0);
         assert_eq!(spans.number(&snapshot, &members[3]), 0);
+    }
+
+    proptest! {
+        /// Each member that was asked for is found where it was.
+        #[test]
+        fn finds_every_member(places in prop::collection::vec((0_u64..3000, 1_u64..40), 1..20)) {
+            let members: Vec<Member> = places.iter().map(|(at, size)| member(*at, *size)).collect();
+            let spans = Spans::covering(&members);
+            let structure: Vec<u8> = (0..4096_u32).map(|byte| ((byte * 7) >> 3) as u8).collect();
+            let mut copy = Vec::new();
+            for span in &spans.spans {
+                let start = span.offset as usize;
+                copy.extend_from_slice(&structure[start..start + span.length]);
+            }
+            let snapshot = Snapshot(copy.into());
+            for member in &members {
+                let start = member.offset as usize;
+                let expected = &structure[start..start + member.size as usize];
+                prop_assert_eq!(spans.member(&snapshot, member), expected);
+            }
+            prop_assert_eq!(spans.bytes(&snapshot, u64::MAX, 8), None);
+            prop_assert_eq!(spans.bytes(&snapshot, 4000, 8), None);
+        }
     }
 }

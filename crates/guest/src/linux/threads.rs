@@ -1,6 +1,5 @@
 //! The table `threads`.
 
-use crate::linux::command_name::command_name;
 use crate::linux::process::{self, CpuTime, Listing, Process};
 use crate::linux::processes::{column, number, policy, signed, state};
 use crate::linux::task::TaskLayout;
@@ -68,21 +67,21 @@ pub static THREADS: TableOf<Process> = TableOf {
             Kind::Text,
             Shown::Always,
             "Name, as in /proc/PID/task/TID/comm.",
-            |guest, thread| Value::text(command_name(guest, TABLE, &thread.task)),
+            |guest, thread| Value::text(thread.listing.names.of(guest, &thread.task)),
         ),
         column(
             "uid",
             Kind::Unsigned,
             Shown::OnRequest,
             "Real user id.",
-            |_, thread| Value::from_read(thread.cred.as_ref(), |cred| cred.uid.into()),
+            |guest, thread| Value::from_read(thread.cred(guest), |cred| cred.uid.into()),
         ),
         column(
             "euid",
             Kind::Unsigned,
             Shown::OnRequest,
             "Effective user id.",
-            |_, thread| Value::from_read(thread.cred.as_ref(), |cred| cred.euid.into()),
+            |guest, thread| Value::from_read(thread.cred(guest), |cred| cred.euid.into()),
         ),
         column(
             "kernel_thread",

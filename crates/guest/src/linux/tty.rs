@@ -1,8 +1,10 @@
 //! The name of a terminal (`tty_line_name`, `drivers/tty/tty_io.c`).
 
-use secmon_memory::VirtualAddress;
+use std::sync::Arc;
 
-use crate::{Guest, Value, layout};
+use secmon_memory::{ReadError, VirtualAddress};
+
+use crate::{Guest, TableError, layout};
 
 /// `tty_struct.name` has 64 bytes.
 const LONGEST: u64 = 64;
@@ -14,21 +16,33 @@ layout! {
     }
 }
 
-/// The name of the terminal whose `tty_struct` is at `tty`, below `/dev`:
-/// `tty1`, `ttyS0`, `pts/0`; null for none.
-pub fn terminal(guest: &Guest, table: &'static str, tty: VirtualAddress) -> Value {
-    if tty.is_null() {
-        return Value::Null;
+/// Reads the names of terminals.
+pub struct Terminals {
+    layout: Arc<TtyLayout>,
+}
+
+impl Terminals {
+    /// A reader for `table`.
+    ///
+    /// # Errors
+    /// [`TableError`] if the types lack terminals.
+    pub fn new(guest: &Guest, table: &'static str) -> Result<Self, TableError> {
+        let layout = guest.layout(table)?;
+        Ok(Self { layout })
     }
-    let layout = match guest.layout::<TtyLayout>(table) {
-        Ok(layout) => layout,
-        Err(error) => return Value::unreadable(error),
-    };
-    let limit = layout.name.size.clamp(1, LONGEST) as usize;
-    let name = guest
-        .space()
-        .read_c_string(tty.wrapping_add(layout.name.offset), limit);
-    Value::from_read(name, |name| Value::text(device_name(&name)))
+
+    /// The name of the terminal whose `tty_struct` is at `tty`, below `/dev`:
+    /// `tty1`, `ttyS0`, `pts/0`.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the memory.
+    pub fn name(&self, guest: &Guest, tty: VirtualAddress) -> Result<Vec<u8>, ReadError> {
+        let member = &self.layout.name;
+        let limit = member.size.clamp(1, LONGEST) as usize;
+        let address = tty.wrapping_add(member.offset);
+        let name = guest.space().read_c_string(address, limit)?;
+        Ok(device_name(&name))
+    }
 }
 
 /// The name of the device below `/dev`: the kernel calls the terminal
