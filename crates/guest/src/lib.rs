@@ -34,6 +34,8 @@ pub fn tables() -> &'static [&'static dyn Table] {
         &diagnostic_table::DIAGNOSTICS,
         &linux::files::FILES,
         &linux::maps::MAPS,
+        &linux::mounts::MOUNTS,
+        &linux::env::ENV,
         &linux::kmsg::KMSG,
         &linux::module::MODULES,
         &linux::net::INTERFACES,

@@ -65,6 +65,18 @@ layout! {
 }
 
 layout! {
+    /// `fs/mount.h`
+    struct MountNamespaceLayout: "mnt_namespace" {
+        root: "root",
+    } optional {
+        /// Of trees that are no process's yet (`is_anon_ns`): since 6.16 this
+        /// is true, before that `seq` is 0.
+        is_anonymous: "is_anon",
+        sequence: "seq",
+    }
+}
+
+layout! {
     /// `include/linux/fs.h`: what makes the names of pseudo files.
     struct NameInodeLayout: "inode" {
         number: "i_ino",
@@ -230,6 +242,7 @@ pub struct Paths {
     dentry_span: Span,
     mount: Arc<MountLayout>,
     mount_span: Span,
+    mount_namespace: Arc<MountNamespaceLayout>,
     operations: Arc<DentryOperationsLayout>,
     superblock: Arc<NameSuperblockLayout>,
     file_system: Arc<FileSystemTypeLayout>,
@@ -313,6 +326,7 @@ impl Paths {
             ]),
             dentry,
             mount,
+            mount_namespace: guest.layout(table)?,
             operations: guest.layout(table)?,
             superblock: guest.layout(table)?,
             file_system: guest.layout(table)?,
@@ -565,17 +579,108 @@ impl Paths {
                 source,
             })?;
         let namespace = copied.pointer(&layout.namespace);
+        // NULL once unmounted, an error number for the kernel's own.
+        let in_namespace = is_kernel_pointer(namespace) && !self.is_anonymous(guest, namespace);
         let mount = Mount {
             root: copied.pointer(&layout.root),
             parent: copied
                 .pointer(&layout.parent)
                 .wrapping_add(layout.vfsmount.offset),
             mountpoint: copied.pointer(&layout.mountpoint),
-            // NULL once unmounted, an error number for the kernel's own.
-            in_namespace: !namespace.is_null() && !is_error(namespace),
+            in_namespace,
         };
         self.memory().mounts.insert(address, mount);
         Ok(mount)
+    }
+
+    /// Whether this mount namespace is no process's: a tree that open_tree or
+    /// fsmount made and that is not mounted yet.
+    fn is_anonymous(&self, guest: &Guest, namespace: VirtualAddress) -> bool {
+        let layout = &self.mount_namespace;
+        let number = |member| guest.number(namespace, member).ok();
+        match (&layout.is_anonymous, &layout.sequence) {
+            (Some(member), _) => number(member).is_some_and(|value| value != 0),
+            (None, Some(member)) => number(member) == Some(0),
+            (None, None) => false,
+        }
+    }
+
+    /// The path of a dentry inside its file system (`dentry_path`), as the
+    /// root of a mount is told: `/` for the file system's own root, with
+    /// `//deleted` behind a directory that was removed.
+    ///
+    /// # Errors
+    /// [`PathError`] if it can't be followed to its start.
+    pub fn within_file_system(
+        &self,
+        guest: &Guest,
+        dentry: VirtualAddress,
+    ) -> Result<Text, PathError> {
+        let mut outcome = self.climb(guest, dentry);
+        for _ in 1..ATTEMPTS {
+            let again = if self.live {
+                self.climb(guest, dentry)
+            } else {
+                return outcome;
+            };
+            if again == outcome {
+                return outcome;
+            }
+            guest.diagnostics().count_torn_read();
+            outcome = again;
+        }
+        outcome
+    }
+
+    fn climb(&self, guest: &Guest, start: VirtualAddress) -> Result<Text, PathError> {
+        let mut names = Names::default();
+        let mut here = start;
+        let mut deleted = false;
+        for step in 0..DEPTH_LIMIT {
+            let copied = self.dentry(guest, here, &mut Vec::new())?;
+            let parent = copied.pointer(&self.dentry.parent);
+            if parent == here {
+                let mut text = names.join(b"");
+                if text.is_empty() {
+                    let kind = self.file_system(guest, copied.pointer(&self.dentry.superblock))?;
+                    if kind.as_bytes() == b"nsfs" {
+                        return self.namespace_name(guest, copied.pointer(&self.dentry.inode));
+                    }
+                    text.push(b'/');
+                }
+                if deleted {
+                    text.extend_from_slice(b"//deleted");
+                }
+                return Ok(Text::new(text));
+            }
+            if step == 0 {
+                deleted = copied.number(&self.dentry.hash_pprev) == 0;
+            }
+            names.push(&self.name(guest, here, &copied)?);
+            if names.bytes.len() > LENGTH_LIMIT {
+                return Err(PathError::TooLong {
+                    dentry: start,
+                    limit: LENGTH_LIMIT,
+                });
+            }
+            here = kernel_pointer("dentry.d_parent", parent)?;
+        }
+        Err(PathError::Endless {
+            dentry: start,
+            steps: DEPTH_LIMIT,
+        })
+    }
+
+    /// The name of a namespace's file: `net:[4026531840]`.
+    fn namespace_name(&self, guest: &Guest, inode: VirtualAddress) -> Result<Text, PathError> {
+        let namespace = pointer(guest, "dentry.d_inode", inode, &self.inode.private)?;
+        let member = &self.namespace.operations;
+        let operations = pointer(guest, "inode.i_private", namespace, member)?;
+        let member = &self.namespace_operations.name;
+        let name = pointer(guest, "ns_common.ops", operations, member)?;
+        let name = c_string(guest, "proc_ns_operations.name", name)?;
+        let number = self.inode_number(guest, inode)?;
+        Ok(Text::new(numbered(name.as_bytes(), number)))
     }
 
     /// The name of the type of the file system at `superblock`.
@@ -623,19 +728,7 @@ impl Paths {
         let text = match kind.as_bytes() {
             b"pipefs" => numbered(b"pipe", self.inode_number(guest, inode)?),
             b"sockfs" => numbered(b"socket", self.inode_number(guest, inode)?),
-            b"nsfs" => {
-                let namespace = pointer(guest, "dentry.d_inode", inode, &self.inode.private)?;
-                let operations = pointer(
-                    guest,
-                    "inode.i_private",
-                    namespace,
-                    &self.namespace.operations,
-                )?;
-                let layout = &self.namespace_operations.name;
-                let name = pointer(guest, "ns_common.ops", operations, layout)?;
-                let name = c_string(guest, "proc_ns_operations.name", name)?;
-                numbered(name.as_bytes(), self.inode_number(guest, inode)?)
-            }
+            b"nsfs" => self.namespace_name(guest, inode)?.as_bytes().to_vec(),
             b"anon_inodefs" => {
                 let mut text = b"anon_inode:".to_vec();
                 text.extend(self.name(guest, start.dentry, dentry)?);
