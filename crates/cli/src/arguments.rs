@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use secmon_platform::image::ImageFormat;
 
 use crate::location::Location;
 
@@ -27,8 +28,35 @@ pub enum Format {
     Markdown,
 }
 
+/// The formats of images that can be stated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InputFormat {
+    /// RAM and nothing else
+    Raw,
+    /// ELF core
+    Elf,
+    /// LiME
+    Lime,
+    /// AVML
+    Avml,
+    /// kdump-compressed
+    Kdump,
+}
+
+impl From<InputFormat> for ImageFormat {
+    fn from(format: InputFormat) -> Self {
+        match format {
+            InputFormat::Raw => Self::Raw,
+            InputFormat::Elf => Self::ElfCore,
+            InputFormat::Lime => Self::Lime,
+            InputFormat::Avml => Self::Avml,
+            InputFormat::Kdump => Self::Kdump,
+        }
+    }
+}
+
 /// Options that every command takes.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug)]
 pub struct Common {
     /// What to look at: file:PATH, qemu:NAME, qemu:PID, ivshmem:PCI-ADDRESS
     ///
@@ -56,6 +84,27 @@ pub struct Common {
     #[arg(long, value_name = "LAYOUT", global = true, help_heading = "Target")]
     pub layout: Option<String>,
 
+    /// How much RAM the target has, for --layout with a machine type (K, M, G may follow)
+    #[arg(
+        long,
+        value_name = "BYTES",
+        value_parser = crate::location::parse_length,
+        requires = "layout",
+        global = true,
+        help_heading = "Target"
+    )]
+    pub ram_size: Option<u64>,
+
+    /// Take the file for an image of this format, whatever its first bytes say
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        value_enum,
+        global = true,
+        help_heading = "Target"
+    )]
+    pub image_format: Option<InputFormat>,
+
     /// Symbols and types from this ISF file (JSON, also .xz) for a kernel that lacks its own
     #[arg(long, value_name = "FILE", global = true, help_heading = "Target")]
     pub isf: Option<PathBuf>,
@@ -63,6 +112,17 @@ pub struct Common {
     /// Stop the guest while it is read (QEMU); it always runs again afterwards
     #[arg(long, global = true, help_heading = "Target")]
     pub pause: bool,
+
+    /// Let a paused guest run again after this time in any case
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..=86_400),
+        global = true,
+        help_heading = "Target"
+    )]
+    pub pause_limit: u64,
 
     /// How rows are written
     #[arg(
@@ -163,6 +223,9 @@ pub struct RowOptions {
 /// The commands that are not a guest table.
 #[derive(Clone, Debug, Subcommand)]
 pub enum BuiltIn {
+    /// What can be watched on this machine, and how
+    Targets,
+
     /// All tables, or the columns of one
     Tables {
         /// The table to describe, by name or alias
@@ -174,6 +237,9 @@ pub enum BuiltIn {
 
     /// Show how an address is translated, level by level
     Translate(TranslateArguments),
+
+    /// Write the target's memory to a file
+    Dump(DumpArguments),
 
     /// Print a completion script for a shell
     #[command(after_help = "Examples:
@@ -218,4 +284,35 @@ pub struct TranslateArguments {
     /// SYMBOL[+OFFSET], 0xADDRESS (kernel) or PID:0xADDRESS (process)
     #[arg(required = true)]
     pub locations: Vec<Location>,
+}
+
+/// The formats that `secmon dump` writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DumpFormat {
+    /// Guest physical addresses are file offsets; holes are sparse
+    #[default]
+    Raw,
+    /// LiME: each run of RAM with its addresses
+    Lime,
+    /// ELF core: each run of RAM as a segment
+    Elf,
+}
+
+/// Arguments of `secmon dump`.
+#[derive(Args, Clone, Debug)]
+pub struct DumpArguments {
+    /// The file to write
+    pub output: PathBuf,
+
+    /// What to write
+    #[arg(long = "as", value_name = "KIND", value_enum, default_value_t)]
+    pub kind: DumpFormat,
+
+    /// Go on with a dump that was interrupted
+    #[arg(long)]
+    pub resume: bool,
+
+    /// Start even if the dump may not fit the disk
+    #[arg(long)]
+    pub no_space_check: bool,
 }

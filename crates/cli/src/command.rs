@@ -50,6 +50,10 @@ const SUBJECTS: [(&str, &[&str]); 5] = [
     ("What could not be read", &["diagnostics"]),
 ];
 
+/// The hidden command by which the program watches over a paused guest. It is
+/// taken before anything else is done, see `main`.
+pub const RESUME_WATCH: &str = "__resume-watch";
+
 const EXAMPLES: &str = "\
 Examples:
   secmon targets                                what can be watched on this machine
@@ -73,7 +77,7 @@ Exit status:
 
 Environment:
   SECMON_TARGET     the target, where -t is not given
-  SECMON_CACHE_DIR  where kernel profiles are kept (else $XDG_CACHE_HOME/secmon or ~/.cache/secmon)
+  SECMON_CACHE_DIR  where kernel profiles are kept (else secmon/profiles in $XDG_CACHE_HOME or ~/.cache)
   NO_COLOR          no colours, if it is set to anything";
 
 /// What a table is called on the command line: the shortest of its names.

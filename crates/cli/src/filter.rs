@@ -314,7 +314,7 @@ mod tests {
     fn what_is_not_there_sorts_last_both_ways() {
         for text in ["pid", "pid:desc"] {
             let order = Order::parse(text, &known()).expect("an order");
-            let mut values = vec![
+            let mut values = [
                 Value::Null,
                 Value::from(2u64),
                 Value::unreadable(""),

@@ -47,6 +47,30 @@ pub fn report(
             counted(outcome.undecided, "row")
         ));
     }
+    if let Some(error) = outcome.error {
+        tell_diagnostics(guest, reporter);
+        return Err(error.into());
+    }
+    if query.table().name() == "diagnostics" {
+        // Its rows are what would be told.
+        return Ok(());
+    }
+    let total = tell_diagnostics(guest, reporter);
+    if summary.rows == 0 && total > 0 {
+        bail!("nothing could be listed, see the warnings");
+    }
+    if summary.rows == 0 && !query.pids().is_empty() {
+        let pids: Vec<String> = query.pids().iter().map(u64::to_string).collect();
+        reporter.warn(format_args!("no row for process {}", pids.join(", ")));
+    }
+    if strict && (total > 0 || summary.rows_with_unreadable > 0 || outcome.undecided > 0) {
+        bail!("not everything could be read (--strict), see the warnings");
+    }
+    Ok(())
+}
+
+/// Says what is in the guest's diagnostics, and how much that is.
+fn tell_diagnostics(guest: &Guest, reporter: Reporter) -> u64 {
     let diagnostics = guest.diagnostics();
     let list = diagnostics.list();
     let total = list.len() as u64 + diagnostics.dropped();
@@ -73,20 +97,7 @@ pub fn report(
             counted(torn, "read")
         ));
     }
-    if let Some(error) = outcome.error {
-        return Err(error.into());
-    }
-    if summary.rows == 0 && total > 0 {
-        bail!("nothing could be listed, see the warnings");
-    }
-    if summary.rows == 0 && !query.pids().is_empty() {
-        let pids: Vec<String> = query.pids().iter().map(u64::to_string).collect();
-        reporter.warn(format_args!("no row for process {}", pids.join(", ")));
-    }
-    if strict && (total > 0 || summary.rows_with_unreadable > 0 || outcome.undecided > 0) {
-        bail!("not everything could be read (--strict), see the warnings");
-    }
-    Ok(())
+    total
 }
 
 fn counted(count: u64, what: &str) -> String {

@@ -8,6 +8,7 @@ mod arguments;
 mod columns;
 mod command;
 mod documents;
+mod dump;
 mod fault;
 mod filter;
 mod findings;
@@ -19,6 +20,7 @@ mod query;
 mod report;
 mod sandbox;
 mod session;
+mod targets;
 
 use std::fs::File;
 use std::panic::AssertUnwindSafe;
@@ -33,12 +35,19 @@ use command::Action;
 use inspect::{Place, Sink};
 use query::Query;
 use report::Reporter;
-use session::{Outputs, Session};
+use session::Session;
 
 /// The exit status of an error; 1 is kept for findings.
 const ERROR: u8 = 2;
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments
+        .next()
+        .is_some_and(|first| first == command::RESUME_WATCH)
+    {
+        return secmon_platform::qemu::pause::watch_main(arguments);
+    }
     let (common, action) = command::parse(std::env::args_os());
     let reporter = Reporter {
         verbose: common.verbose,
@@ -63,15 +72,26 @@ fn main() -> ExitCode {
 
 fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
     let session = Session::new(common, reporter);
-    match action {
-        Action::Show(table, options) => show(&session, table, &options, common, reporter),
-        Action::BuiltIn(command) => match *command {
-            BuiltIn::Tables { table } => documents::tables(table.as_deref(), common.format),
-            BuiltIn::Completions { shell } => documents::completions(shell),
-            BuiltIn::Man { output } => documents::man(output.as_deref()),
-            BuiltIn::Read(arguments) => read(&session, arguments, common.format),
-            BuiltIn::Translate(arguments) => translate(&session, &arguments, common.format),
-        },
+    let format = common.format;
+    let command = match action {
+        Action::Show(table, options) => return show(&session, table, &options, format, reporter),
+        Action::BuiltIn(command) => *command,
+    };
+    let describes_tables = matches!(command, BuiltIn::Tables { .. });
+    if format == Format::Markdown && !describes_tables {
+        bail!("--format markdown is for `secmon tables` only");
+    }
+    match command {
+        BuiltIn::Targets => targets::targets(format, reporter),
+        BuiltIn::Tables { table } => documents::tables(table.as_deref(), format),
+        BuiltIn::Completions { shell } => documents::completions(shell),
+        BuiltIn::Man { output } => documents::man(output.as_deref()),
+        BuiltIn::Read(arguments) => read(&session, &arguments, format),
+        BuiltIn::Translate(arguments) => translate(&session, &arguments, format),
+        BuiltIn::Dump(arguments) => {
+            fault::install();
+            dump::dump(session, &arguments, format, reporter)
+        }
     }
 }
 
@@ -80,23 +100,26 @@ fn show(
     session: &Session<'_>,
     table: &'static dyn Table,
     options: &RowOptions,
-    common: &Common,
+    format: Format,
     reporter: Reporter,
 ) -> Result<()> {
-    let query = Query::new(table, common.format, options)?;
+    let query = Query::new(table, format, options)?;
     fault::install();
-    let source = session.open(&Outputs::default())?;
-    let guest = session.guest(&source)?;
+    let source = session.open()?;
+    let guest = session.guest_alone(&source)?;
     let started = Instant::now();
     let outcome = query.run(&guest, listing::stdout()?, listing::style())?;
     let elapsed = started.elapsed();
     let rows = outcome.summary.rows;
     reporter.note(format_args!("{rows} rows in {elapsed:.1?}"));
-    findings::report(&guest, &query, outcome, options.strict, reporter)
+    // The guest runs again before anything is said.
+    let resumed = source.finish();
+    findings::report(&guest, &query, outcome, options.strict, reporter)?;
+    resumed
 }
 
 /// `secmon read`.
-fn read(session: &Session<'_>, arguments: ReadArguments, format: Format) -> Result<()> {
+fn read(session: &Session<'_>, arguments: &ReadArguments, format: Format) -> Result<()> {
     fault::install();
     let sink = match (&arguments.output, format) {
         (Some(path), _) => {
@@ -108,16 +131,17 @@ fn read(session: &Session<'_>, arguments: ReadArguments, format: Format) -> Resu
         (None, Format::Table | Format::Markdown) => Sink::Hex,
         (None, format) => Sink::Rows(format),
     };
-    let source = session.open(&Outputs::default())?;
+    let source = session.open()?;
     let place = session.place(&source, &arguments.location)?;
-    inspect::read(&place, arguments.length, sink)
+    inspect::read(&place, arguments.length, sink)?;
+    source.finish()
 }
 
 /// `secmon translate`.
 fn translate(session: &Session<'_>, arguments: &TranslateArguments, format: Format) -> Result<()> {
     fault::install();
-    let source = session.open(&Outputs::default())?;
-    let guest = session.guest(&source)?;
+    let source = session.open()?;
+    let guest = session.guest_alone(&source)?;
     let mut walks = Vec::new();
     for location in &arguments.locations {
         match session::resolve(&guest, location)? {
@@ -125,5 +149,6 @@ fn translate(session: &Session<'_>, arguments: &TranslateArguments, format: Form
             Place::Physical(..) => bail!("{location} is a physical address already"),
         }
     }
-    inspect::translate(&walks, format)
+    inspect::translate(&walks, format)?;
+    source.finish()
 }

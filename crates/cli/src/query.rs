@@ -158,6 +158,11 @@ impl Query {
         Ok(outcome)
     }
 
+    /// The table that is read.
+    pub fn table(&self) -> &'static dyn Table {
+        self.table
+    }
+
     /// The processes asked for by number.
     pub fn pids(&self) -> &[u64] {
         self.selection.pids.as_deref().unwrap_or_default()

@@ -129,7 +129,7 @@ mod tests {
             .context("high")
             .expect_err("an error");
         assert_eq!(chain(&error), "high: low");
-        assert!(error.chain().any(|cause| cause.is::<Advised>()));
+        assert!(error.chain().any(<dyn std::error::Error>::is::<Advised>));
     }
 
     #[test]

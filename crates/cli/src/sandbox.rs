@@ -261,7 +261,8 @@ fn restrict_system_calls(stage: Stage) -> Result<(), String> {
     let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch)
         .map_err(|error| error.to_string())?;
     let program = BpfProgram::try_from(filter).map_err(|error| error.to_string())?;
-    seccompiler::apply_filter(&program).map_err(|error| error.to_string())
+    // Of all threads: one may wait for the watcher of a paused guest.
+    seccompiler::apply_filter_all_threads(&program).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -390,6 +391,7 @@ mod tests {
         let count = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
         let error = std::io::Error::last_os_error();
         let _ = other.kill();
+        let _ = other.wait();
         assert_eq!(count, 4, "{error}");
         assert_eq!(&byte, b"\x7fELF");
     }

@@ -1,22 +1,25 @@
 //! From a target's name to its memory and its guest, with this process
 //! confined on the way.
 
+use std::cell::Cell;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use secmon_guest::Guest;
 use secmon_guest::linux::task;
 use secmon_guest::linux::user::UserMemory;
-use secmon_memory::{PhysicalAddress, PhysicalMemory};
-use secmon_platform::image::{self, ImageOptions};
+use secmon_memory::PhysicalMemory;
 use secmon_platform::layout::{Machine, RamLayout};
-use secmon_platform::qemu::{self, Access, QemuOptions, Selector};
+use secmon_platform::qemu::{Access, Pause, PauseError};
+use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
 use secmon_profile::{Cache, FindOptions};
 
 use crate::arguments::Common;
+use crate::command::RESUME_WATCH;
 use crate::inspect::Place;
 use crate::location::Location;
 use crate::report::{Advise, Reporter};
@@ -26,136 +29,179 @@ use crate::sandbox::{self, Needs, Stage};
 const NO_TARGET: &str = "name one with -t or SECMON_TARGET, for example -t file:memory.raw \
                          or -t qemu:NAME; `secmon targets` lists what can be watched here";
 
-/// An open target.
+/// An open target, paused if that was asked for.
 pub struct Source {
-    /// Its memory.
-    pub memory: Arc<dyn PhysicalMemory>,
-    /// Page-table roots that are in use by its vCPUs.
-    pub roots: Vec<PhysicalAddress>,
+    target: OpenedTarget,
+    pause: Option<Pause>,
 }
 
-/// What a command needs of the file system besides the target.
-#[derive(Clone, Debug, Default)]
-pub struct Outputs {
-    /// Folders that it writes files to.
-    pub folders: Vec<PathBuf>,
+impl Source {
+    /// The target's memory.
+    pub fn memory(&self) -> &Arc<dyn PhysicalMemory> {
+        &self.target.memory
+    }
+
+    /// The kernel's VMCOREINFO text, where the target itself has it.
+    pub fn vmcoreinfo(&self) -> Option<&[u8]> {
+        self.target.hints.vmcoreinfo.as_deref()
+    }
+
+    /// Lets a paused guest run again. Dropping does so, too, but says nothing
+    /// of a guest that ran meanwhile.
+    pub fn finish(mut self) -> Result<()> {
+        match self.pause.take().map(Pause::end) {
+            None | Some(Ok(())) => Ok(()),
+            Some(Err(error)) => {
+                let advice = match &error {
+                    PauseError::LimitReached(_) => {
+                        "allow more with --pause-limit SECONDS; what was read before the limit is good"
+                    }
+                    PauseError::ResumedByOthers => {
+                        "somebody let the guest run: what was read may mix several moments"
+                    }
+                    _ => {
+                        "see that the guest runs: `virsh resume NAME`, `cont` in QEMU's monitor, \
+                         or `kill -CONT PID`"
+                    }
+                };
+                Err(error).advise(advice)
+            }
+        }
+    }
 }
 
 /// The options and the reporter, which every step needs.
 pub struct Session<'a> {
     common: &'a Common,
     reporter: Reporter,
+    /// Folders that the command writes files to.
+    outputs: Vec<PathBuf>,
+    confined: Cell<bool>,
 }
 
 impl<'a> Session<'a> {
     /// A session with these options.
     pub fn new(common: &'a Common, reporter: Reporter) -> Self {
-        Self { common, reporter }
+        Self {
+            common,
+            reporter,
+            outputs: Vec::new(),
+            confined: Cell::new(false),
+        }
     }
 
-    /// Opens the target's memory and confines this process to it, the cache
-    /// and the outputs.
-    pub fn open(&self, outputs: &Outputs) -> Result<Source> {
+    /// Says that the command writes files to this folder.
+    pub fn writes_to(&mut self, folder: PathBuf) {
+        self.outputs.push(folder);
+    }
+
+    /// Opens the target, pauses it if asked, and confines this process to it,
+    /// the cache and the outputs.
+    pub fn open(&self) -> Result<Source> {
         let started = Instant::now();
-        let Some(target) = &self.common.target else {
+        let Some(text) = &self.common.target else {
             return Err(anyhow!("no target was named")).advise(NO_TARGET);
         };
-        let source = match target.split_once(':') {
-            Some(("file", path)) => self.open_file(Path::new(path), outputs)?,
-            Some(("qemu", name)) => self.open_qemu(name, outputs)?,
-            _ => return Err(anyhow!("`{target}` names no target")).advise(NO_TARGET),
+        let target: Target = text.parse().advise(NO_TARGET)?;
+        let options = OpenOptions {
+            layout: self.layout(&target)?,
+            validate: Some(&|memory| self.judge(memory)),
+            format: self.common.image_format.map(Into::into),
+            ..OpenOptions::default()
         };
+        let opened = target
+            .open(&options)
+            .with_context(|| match &self.common.layout {
+                Some(layout) => format!("target {text} with --layout {layout}"),
+                None => format!("target {text}"),
+            })?;
+        for note in &opened.notes {
+            self.reporter.warn(note);
+        }
         let elapsed = started.elapsed();
+        let memory = &opened.memory;
         self.reporter.note(format_args!(
-            "opened {target} in {elapsed:.1?}: {} MiB in {} regions",
-            source.memory.size() >> 20,
-            source.memory.regions().len()
+            "opened in {elapsed:.1?}: {}; {} MiB of memory in {} region(s)",
+            opened.description,
+            memory.size() >> 20,
+            memory.regions().len()
         ));
-        Ok(source)
-    }
-
-    fn open_file(&self, path: &Path, outputs: &Outputs) -> Result<Source> {
-        self.confine(
-            Stage::Opening,
-            &Needs {
-                readable: vec![path.to_owned()],
-                ..self.needs(outputs)
-            },
-        );
-        let size = fs::metadata(path).map_or(0, |metadata| metadata.len());
-        let layout = self.layout(Some(size))?;
-        let options = ImageOptions {
-            layout: layout.as_ref(),
-            ..ImageOptions::default()
-        };
-        let image = image::open(path, &options).with_context(|| match &self.common.layout {
-            Some(layout) => format!("target file:{} with --layout {layout}", path.display()),
-            None => format!("target file:{}", path.display()),
-        })?;
-        for note in &image.notes {
-            self.reporter.warn(note);
-        }
-        self.reporter.note(format_args!("format: {}", image.format));
+        let pause = self.pause(&opened)?;
+        self.confine_for_opening(&opened);
         Ok(Source {
-            roots: image.hints.page_table_roots(),
-            memory: image.memory,
+            target: opened,
+            pause,
         })
     }
 
-    fn open_qemu(&self, name: &str, outputs: &Outputs) -> Result<Source> {
-        let options = QemuOptions {
-            layout: self.layout(None)?,
-            ..QemuOptions::default()
-        };
-        let Ok(selector) = name.parse::<Selector>();
-        let target =
-            qemu::open(&selector, &options).with_context(|| format!("target qemu:{name}"))?;
-        for note in &target.notes {
-            self.reporter.warn(note);
+    fn pause(&self, target: &OpenedTarget) -> Result<Option<Pause>> {
+        if !self.common.pause {
+            return Ok(None);
         }
-        self.reporter.note(format_args!(
-            "process {}, memory by {}, layout {}",
-            target.process.id.pid, target.access, target.layout_source
-        ));
-        self.confine(
-            Stage::Opening,
-            &Needs {
-                traces_process: matches!(
-                    target.access,
-                    Access::ProcessMemory {
-                        method: "process_vm_readv"
-                    }
-                ),
-                ..self.needs(outputs)
-            },
-        );
-        Ok(Source {
-            memory: target.memory,
-            roots: Vec::new(),
-        })
+        let Some(method) = &target.pause else {
+            return Err(anyhow!("--pause: {} can't be paused", target.description))
+                .advise("only a running QEMU can; an image stands still anyway");
+        };
+        let started = Instant::now();
+        let mut watcher =
+            Command::new(std::env::current_exe().context("finding this program's own file")?);
+        watcher.arg(RESUME_WATCH);
+        let limit = Duration::from_secs(self.common.pause_limit);
+        let pause = Pause::begin(method, limit, watcher).context("pausing the guest")?;
+        if let Some(state) = pause.already_stopped() {
+            self.reporter.note(format_args!(
+                "the guest stood still already ({state}) and will be left so"
+            ));
+        }
+        let elapsed = started.elapsed();
+        self.reporter
+            .note(format_args!("paused the guest in {elapsed:.1?}"));
+        Ok(Some(pause))
     }
 
-    /// The layout that the user stated, for RAM of this size.
-    fn layout(&self, ram_size: Option<u64>) -> Result<Option<RamLayout>> {
+    /// The layout that the user stated.
+    fn layout(&self, target: &Target) -> Result<Option<RamLayout>> {
         let Some(text) = &self.common.layout else {
             return Ok(None);
         };
         let stated = || format!("--layout {text}");
-        let layout = match (Machine::from_name(text), ram_size) {
-            (Some(machine), Some(size)) => {
+        let layout = match (Machine::from_name(text), target) {
+            (Some(machine), Target::File(path)) => {
+                let size = match self.common.ram_size {
+                    Some(size) => size,
+                    None => fs::metadata(path).map_or(0, |metadata| metadata.len()),
+                };
                 RamLayout::for_machine(machine, size).with_context(stated)?
             }
-            (Some(_), None) => bail!(
-                "--layout {text}: a machine type is for a raw image, whose size is that of its \
-                 RAM; state the layout as START-END@OFFSET,… here"
-            ),
+            (Some(machine), _) => {
+                let Some(size) = self.common.ram_size else {
+                    bail!("--layout {text} needs --ram-size for this target");
+                };
+                RamLayout::for_machine(machine, size).with_context(stated)?
+            }
             (None, _) => text.parse().with_context(stated)?,
         };
         Ok(Some(layout))
     }
 
-    /// Finds the kernel in the target's memory, then gives up the right to
-    /// open files.
+    /// How well memory fits a possible layout: the number of processes that
+    /// can be walked in it. This parses guest memory, so it comes after the
+    /// confinement.
+    fn judge(&self, memory: &Arc<dyn PhysicalMemory>) -> u64 {
+        self.confine_once(&self.needs(false));
+        let options = FindOptions {
+            cache: Cache::Off,
+            ..FindOptions::default()
+        };
+        let Ok(kernel) = secmon_profile::find(memory, &options) else {
+            return 0;
+        };
+        let guest = Guest::new(kernel);
+        let processes = task::leaders(&guest, "processes").map_or(0, Iterator::count);
+        1 + processes as u64
+    }
+
+    /// Finds the kernel in the target's memory; files can still be opened.
     pub fn guest(&self, source: &Source) -> Result<Guest> {
         let started = Instant::now();
         let options = FindOptions {
@@ -164,13 +210,13 @@ impl<'a> Session<'a> {
                 None => Cache::Off,
             },
             isf: self.common.isf.clone(),
-            root_hints: source.roots.clone(),
+            root_hints: source.target.hints.page_table_roots.clone(),
             ..FindOptions::default()
         };
-        let kernel = secmon_profile::find(&source.memory, &options)?;
+        let kernel = secmon_profile::find(source.memory(), &options)?;
         let elapsed = started.elapsed();
         self.reporter.note(format_args!(
-            "found the kernel in {elapsed:.1?}: {}, profile from {:?}, page tables from {:?}",
+            "found the kernel in {elapsed:.1?}: {}; profile: {:?}, page tables: {:?}",
             kernel.profile.banner(),
             kernel.evidence.profile,
             kernel.evidence.tables,
@@ -178,8 +224,14 @@ impl<'a> Session<'a> {
         for conflict in &kernel.conflicts {
             self.reporter.warn(conflict);
         }
-        self.confine(Stage::Reading, &Needs::default());
         Ok(Guest::new(kernel))
+    }
+
+    /// Finds the kernel, then gives up the right to open files.
+    pub fn guest_alone(&self, source: &Source) -> Result<Guest> {
+        let guest = self.guest(source)?;
+        self.confine(Stage::Reading, &Needs::default());
+        Ok(guest)
     }
 
     /// The place that the user means; a physical address needs no kernel.
@@ -187,9 +239,27 @@ impl<'a> Session<'a> {
         match location {
             Location::Physical(address) => {
                 self.confine(Stage::Reading, &Needs::default());
-                Ok(Place::Physical(source.memory.clone(), *address))
+                Ok(Place::Physical(source.memory().clone(), *address))
             }
-            other => resolve(&self.guest(source)?, other),
+            other => resolve(&self.guest_alone(source)?, other),
+        }
+    }
+
+    fn confine_for_opening(&self, target: &OpenedTarget) {
+        let traces_process = target.qemu.as_ref().is_some_and(|qemu| {
+            matches!(
+                qemu.access,
+                Access::ProcessMemory {
+                    method: "process_vm_readv"
+                }
+            )
+        });
+        self.confine_once(&self.needs(traces_process));
+    }
+
+    fn confine_once(&self, needs: &Needs) {
+        if !self.confined.replace(true) {
+            self.confine(Stage::Opening, needs);
         }
     }
 
@@ -206,11 +276,11 @@ impl<'a> Session<'a> {
             .note(format_args!("confined for {stage:?} in {elapsed:.1?}"));
     }
 
-    fn needs(&self, outputs: &Outputs) -> Needs {
+    fn needs(&self, traces_process: bool) -> Needs {
         let mut needs = Needs {
             readable: self.common.isf.iter().cloned().collect(),
-            writable: outputs.folders.clone(),
-            ..Needs::default()
+            writable: self.outputs.clone(),
+            traces_process,
         };
         if let Some(folder) = self.cache_folder() {
             // Where it can't be made there is no cache to write either.
@@ -246,8 +316,7 @@ pub fn resolve(guest: &Guest, location: &Location) -> Result<Place> {
         }
         Location::Kernel(address) => Ok(kernel(*address)),
         Location::Symbol { name, offset } => {
-            let symbols = guest.symbols();
-            let mut found = symbols.addresses(name);
+            let mut found = guest.symbols().addresses(name);
             let Some(address) = found.next() else {
                 return Err(anyhow!("the kernel has no symbol `{name}`"))
                     .advise("`secmon symbols` lists all, for example with -w 'name~tcp_v4'");

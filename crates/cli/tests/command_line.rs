@@ -95,8 +95,8 @@ fn a_missing_target_says_what_to_do() {
 
 #[test]
 fn bad_targets_are_named() {
-    assert_error(&run(&["-t", "disk:x", "kmsg"]), &["disk:x"]);
-    assert_error(&run(&["-t", "plain", "kmsg"]), &["plain"]);
+    assert_error(&run(&["-t", "disk:x", "kmsg"]), &["disk", "file:PATH"]);
+    assert_error(&run(&["-t", "plain", "kmsg"]), &["plain", "qemu:plain"]);
     assert_error(
         &run(&["-t", "file:/nonexistent/image", "kmsg"]),
         &["/nonexistent/image", "No such file"],

@@ -156,11 +156,11 @@ impl Table {
     }
 
     fn header(&mut self, out: &mut impl Write, widths: &[usize]) -> io::Result<()> {
-        for index in 0..self.columns.len() {
+        for (index, wanted) in widths.iter().enumerate() {
             let column = self.columns[index];
             let name = column.name.to_ascii_uppercase();
-            let (width, wanted) = (name.width(), widths[index]);
-            self.cell(&name, width, wanted, Some(column.kind), index, Some(BOLD));
+            let kind = Some(column.kind);
+            self.cell(&name, name.width(), *wanted, kind, index, Some(BOLD));
         }
         self.end_line(out)
     }
