@@ -1,7 +1,7 @@
 //! Parameters of modules (`struct kernel_param`, `include/linux/moduleparam.h`)
 //! and their values, for the types that the kernel itself defines: a
-//! parameter's type is told by which of the kernel's `param_ops_…` it points
-//! to.
+//! parameter's type is told by which of the kernel's `param_get_…` functions
+//! shows it.
 
 use secmon_memory::{ReadError, VirtualAddress};
 
@@ -21,6 +21,13 @@ layout! {
         operations: "ops",
         permissions: "perm",
         argument: "arg",
+    }
+}
+
+layout! {
+    /// `include/linux/moduleparam.h`
+    struct OperationsLayout: "kernel_param_ops" {
+        get: "get",
     }
 }
 
@@ -76,28 +83,26 @@ enum ParameterType {
     Array,
 }
 
-/// Which object of the kernel stands for which type.
-const TYPES: [(&str, ParameterType); 16] = [
-    ("param_ops_byte", ParameterType::Unsigned(1)),
-    ("param_ops_short", ParameterType::Signed(2)),
-    ("param_ops_ushort", ParameterType::Unsigned(2)),
-    ("param_ops_int", ParameterType::Signed(4)),
-    ("param_ops_uint", ParameterType::Unsigned(4)),
-    ("param_ops_long", ParameterType::Signed(8)),
-    ("param_ops_ulong", ParameterType::Unsigned(8)),
-    ("param_ops_ullong", ParameterType::Unsigned(8)),
-    ("param_ops_hexint", ParameterType::Hexadecimal),
-    ("param_ops_bool", ParameterType::Boolean),
-    ("param_ops_bool_enable_only", ParameterType::Boolean),
-    // Set as a boolean, shown as a number.
-    ("param_ops_bint", ParameterType::Signed(4)),
-    ("param_ops_invbool", ParameterType::InvertedBoolean),
-    ("param_ops_charp", ParameterType::TextPointer),
-    ("param_ops_string", ParameterType::Buffer),
-    ("param_array_ops", ParameterType::Array),
+/// Which function of the kernel writes which type: modules have operations of
+/// their own that set a value and still use these to show it.
+const TYPES: [(&str, ParameterType); 14] = [
+    ("param_get_byte", ParameterType::Unsigned(1)),
+    ("param_get_short", ParameterType::Signed(2)),
+    ("param_get_ushort", ParameterType::Unsigned(2)),
+    ("param_get_int", ParameterType::Signed(4)),
+    ("param_get_uint", ParameterType::Unsigned(4)),
+    ("param_get_long", ParameterType::Signed(8)),
+    ("param_get_ulong", ParameterType::Unsigned(8)),
+    ("param_get_ullong", ParameterType::Unsigned(8)),
+    ("param_get_hexint", ParameterType::Hexadecimal),
+    ("param_get_bool", ParameterType::Boolean),
+    ("param_get_invbool", ParameterType::InvertedBoolean),
+    ("param_get_charp", ParameterType::TextPointer),
+    ("param_get_string", ParameterType::Buffer),
+    ("param_array_get", ParameterType::Array),
 ];
 
-/// The addresses of those objects in one guest.
+/// The addresses of those functions in one guest.
 #[derive(Debug)]
 pub struct ParameterTypes(Vec<(VirtualAddress, ParameterType)>);
 
@@ -113,11 +118,21 @@ impl ParameterTypes {
         Self(known.collect())
     }
 
-    fn find(&self, operations: VirtualAddress) -> Option<ParameterType> {
-        self.0
+    fn find(
+        &self,
+        guest: &Guest,
+        table: &'static str,
+        operations: VirtualAddress,
+    ) -> Result<Option<ParameterType>, ReadError> {
+        let Ok(layout) = guest.layout::<OperationsLayout>(table) else {
+            return Ok(None);
+        };
+        let get = guest.pointer(operations, &layout.get)?;
+        Ok(self
+            .0
             .iter()
-            .find(|(address, _)| *address == operations)
-            .map(|(_, kind)| *kind)
+            .find(|(address, _)| *address == get)
+            .map(|(_, kind)| *kind))
     }
 }
 
@@ -144,7 +159,7 @@ pub fn parameters(
         let argument = guest.pointer(parameter, &layout.argument)?;
         Ok(Parameter {
             name: guest.space().read_c_string(name, LONGEST_TEXT)?,
-            value: match types.find(operations) {
+            value: match types.find(guest, table, operations)? {
                 Some(kind) => value(guest, table, types, kind, argument)?,
                 None => None,
             },
@@ -180,7 +195,7 @@ fn value(
             };
             let operations = guest.pointer(argument, &layout.operations)?;
             // The elements of an array are no arrays: nothing recurses.
-            let kind = match types.find(operations) {
+            let kind = match types.find(guest, table, operations)? {
                 Some(kind) if kind != ParameterType::Array && kind != ParameterType::Buffer => kind,
                 _ => return Ok(None),
             };
