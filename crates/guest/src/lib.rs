@@ -40,6 +40,8 @@ pub fn tables() -> &'static [&'static dyn Table] {
         &linux::module::MODULES,
         &linux::net::INTERFACES,
         &linux::net::SOCKETS,
+        &linux::symbols::SYMBOLS,
+        &linux::types::TYPES,
     ];
     TABLES
 }

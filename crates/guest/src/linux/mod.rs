@@ -32,6 +32,7 @@ pub mod rhashtable;
 pub mod snapshot;
 pub mod span;
 pub mod state;
+pub mod symbols;
 #[cfg(test)]
 pub mod synthetic;
 pub mod taint;
@@ -39,5 +40,6 @@ pub mod task;
 pub mod threads;
 pub mod tree;
 pub mod tty;
+pub mod types;
 pub mod user;
 pub mod xarray;

@@ -3,6 +3,7 @@
 //! [`modules`] walks the kernel's list and hands out validated copies; what
 //! was built into the kernel is not in that list.
 
+pub mod knowledge;
 pub mod parameter;
 mod table;
 

@@ -10,6 +10,7 @@ pub mod sock;
 pub mod socket;
 mod sockets;
 pub mod tables;
+pub mod vsock;
 
 pub use interfaces::INTERFACES;
 pub use sockets::SOCKETS;

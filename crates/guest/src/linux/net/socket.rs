@@ -11,10 +11,11 @@ use super::device::devices;
 use super::namespace::{NetworkNamespace, namespaces};
 use super::owner::{Owner, Owners};
 use super::sock::{
-    AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, Form, Sock, SockError, SockModel,
+    AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, AF_VSOCK, Form, Sock, SockError, SockModel,
     SocketLayout, inode_of,
 };
 use super::tables::{Source, Tables};
+use super::vsock::Vsock;
 use crate::linux::list::is_object_address;
 use crate::{Diagnostic, Guest, TableError, Text};
 
@@ -24,6 +25,7 @@ pub struct Context {
     owners: Owners,
     namespaces: Vec<NetworkNamespace>,
     inodes: HashMap<VirtualAddress, u64>,
+    vsock: Option<Vsock>,
     interfaces: OnceLock<HashMap<(VirtualAddress, u64), Text>>,
 }
 
@@ -48,8 +50,14 @@ impl Context {
             owners,
             namespaces,
             inodes,
+            vsock: Vsock::find(guest, table),
             interfaces: OnceLock::new(),
         })
+    }
+
+    /// How vsock sockets are read, if there are any.
+    pub fn vsock(&self) -> Option<&Vsock> {
+        self.vsock.as_ref()
     }
 
     /// The name of the interface with that number.
@@ -141,6 +149,7 @@ fn families(source: Source) -> &'static [u16] {
         Source::Unix => &[AF_UNIX],
         Source::Packet => &[AF_PACKET],
         Source::Netlink => &[AF_NETLINK],
+        Source::Vsock => &[AF_VSOCK],
     }
 }
 
@@ -166,16 +175,22 @@ pub fn sockets(
         flow: ControlFlow::Continue(()),
     };
     let (node, bind_node) = (model.layout.node.offset, model.layout.bind_node.offset);
-    tables.walk(&context.namespaces, &mut |address, source| {
+    let mut visit = |address, source| {
         // Members of a hash table that is not a chain of this kind have no
         // back links.
         let is_there = || {
-            source == Source::Netlink
+            matches!(source, Source::Netlink | Source::Vsock)
                 || is_linked(guest, address, node)
                 || is_linked(guest, address, bind_node)
         };
         lister.found(address, Some(source), families(source), &is_there);
-    });
+    };
+    tables.walk(&context.namespaces, &mut visit);
+    if let Some(vsock) = &context.vsock {
+        for address in vsock.sockets(guest, table) {
+            visit(address, Source::Vsock);
+        }
+    }
     let layout = guest.layout::<SocketLayout>(table)?;
     for socket in context.owners.sockets() {
         if lister.flow.is_break() {

@@ -6,8 +6,11 @@ use secmon_memory::{ReadError, Volatility};
 
 use super::address::{family_name, netlink_name};
 use super::detail;
-use super::sock::{AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, ESTABLISHED, Form, LISTEN};
+use super::sock::{
+    AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, AF_VSOCK, ESTABLISHED, Form, LISTEN,
+};
 use super::socket::{Socket, sockets};
+use super::vsock::VsockAddress;
 use crate::table::Items;
 use crate::{Column, Cost, Guest, Kind, Selection, Shown, TableError, TableOf, Text, Value};
 
@@ -61,7 +64,8 @@ pub static SOCKETS: TableOf<Socket> = TableOf {
             Kind::Text,
             Shown::Always,
             "IP address; path of a UNIX socket, an abstract name with a leading @; name of the \
-             netlink protocol; interface of a packet socket, null for all.",
+             netlink protocol; interface of a packet socket, null for all; context id of a vsock \
+             socket.",
             local_address,
         ),
         column(
@@ -398,6 +402,7 @@ fn local_address(guest: &Guest, socket: &Socket) -> Value {
             None => Value::Null,
         },
         AF_PACKET => interface(guest, socket),
+        AF_VSOCK => vsock(guest, socket, End::Local, context_name),
         _ => Value::Null,
     }
 }
@@ -413,6 +418,7 @@ fn remote_address(guest: &Guest, socket: &Socket) -> Value {
             });
             behind(guest, socket, name.map(|name| name.map(Value::from)))
         }
+        AF_VSOCK => vsock(guest, socket, End::Remote, context_name),
         _ => Value::Null,
     }
 }
@@ -431,8 +437,28 @@ fn port(guest: &Guest, socket: &Socket, end: End) -> Value {
         (AF_INET | AF_INET6, End::Remote) => u32::from(sock.remote_port()).into(),
         (AF_NETLINK, End::Local) => netlink(guest, socket, |netlink| netlink.port.into()),
         (AF_NETLINK, End::Remote) => netlink(guest, socket, |netlink| netlink.remote_port.into()),
+        (AF_VSOCK, end) => vsock(guest, socket, end, |address| address.port.into()),
         _ => Value::Null,
     }
+}
+
+/// The context id as text.
+fn context_name(address: VsockAddress) -> Value {
+    match address.context {
+        Some(number) => number.to_string().into(),
+        None => "any".into(),
+    }
+}
+
+fn vsock(guest: &Guest, socket: &Socket, end: End, value: fn(VsockAddress) -> Value) -> Value {
+    let Some(vsock) = socket.context().vsock() else {
+        return Value::Null;
+    };
+    let read = match end {
+        End::Local => vsock.local(guest, socket.sock.address),
+        End::Remote => vsock.remote(guest, socket.sock.address),
+    };
+    behind(guest, socket, read.map(|found| found.map(value)))
 }
 
 fn peer_inode(guest: &Guest, socket: &Socket) -> Value {

@@ -53,6 +53,8 @@ pub enum Source {
     Packet,
     /// Netlink.
     Netlink,
+    /// Sockets between a virtual machine and its host.
+    Vsock,
 }
 
 layout! {
