@@ -358,11 +358,13 @@ impl Blob {
         }
         let header = Header::parse(&bytes, length)?;
         let strings = &bytes[header.strings.clone()];
-        if strings.first() != Some(&0) || strings.last() != Some(&0) {
-            // A module without strings of its own has an empty section.
-            if first_id == 1 || !strings.is_empty() {
-                return Err(BtfError::Strings);
-            }
+        // A module's strings follow the kernel's: they need not start with the
+        // empty one, and there may be none.
+        let is_module = first_id != 1;
+        let starts = is_module || strings.first() == Some(&0);
+        let ends = strings.last() == Some(&0) || (is_module && strings.is_empty());
+        if !starts || !ends {
+            return Err(BtfError::Strings);
         }
         let layout: Vec<(u8, u8)> = bytes[header.layout.clone()]
             .as_chunks::<4>()
