@@ -50,7 +50,7 @@ fn elf_core_equals_ram() {
     assert_eq!(image.notes, []);
     check_hints(&image, 2);
     assert_eq!(
-        guest.compare(image.memory.as_ref(), none_missing),
+        guest.ram.compare(image.memory.as_ref(), none_missing),
         64 * MIB / PAGE as u64
     );
 }
@@ -62,7 +62,7 @@ fn elf_core_with_paging_has_what_was_mapped() {
     assert_eq!(image.format, ImageFormat::ElfCore);
     check_hints(&image, 1);
     // The boot sector maps 4 MiB at 0, and nothing above.
-    let equal = guest.compare(image.memory.as_ref(), |address, error| {
+    let equal = guest.ram.compare(image.memory.as_ref(), |address, error| {
         address >= 4 * MIB && matches!(error, PhysicalReadError::Hole { .. })
     });
     assert_eq!(equal, 4 * MIB / PAGE as u64);
@@ -95,7 +95,7 @@ fn kdump_equals_ram_flattened_or_not() {
         assert_eq!(image.notes, []);
         check_hints(&image, 2);
         assert_eq!(
-            guest.compare(image.memory.as_ref(), none_missing),
+            guest.ram.compare(image.memory.as_ref(), none_missing),
             64 * MIB / PAGE as u64
         );
     }
@@ -105,11 +105,12 @@ fn kdump_equals_ram_flattened_or_not() {
 fn write_avml(guest: &FirmwareGuest, path: &Path) {
     const BLOCK: u64 = 16 * MIB;
     let mut file = File::create(path).expect("the image");
-    for (region, offset) in guest.layout.entries() {
+    for (region, offset) in guest.ram.layout.entries() {
         for start in (0..region.length).step_by(BLOCK as usize) {
             let mut block = vec![0; BLOCK.min(region.length - start) as usize];
             guest
                 .ram
+                .file
                 .read_exact_at(&mut block, offset + start)
                 .expect("the RAM");
             if block.iter().all(|byte| *byte == 0) {
@@ -139,9 +140,9 @@ fn avml_equals_ram() {
     let image = open(&path);
     assert_eq!(image.format, ImageFormat::Avml);
     assert_eq!(image.notes, []);
-    let equal = guest.compare(image.memory.as_ref(), |address, _| {
+    let equal = guest.ram.compare(image.memory.as_ref(), |address, _| {
         // What AVML left out held only zeros.
-        let entries = guest.layout.entries().iter();
+        let entries = guest.ram.layout.entries().iter();
         let (region, offset) = entries
             .rev()
             .find(|(region, _)| region.start.as_u64() <= address)
@@ -149,6 +150,7 @@ fn avml_equals_ram() {
         let mut page = vec![1; PAGE];
         guest
             .ram
+            .file
             .read_exact_at(&mut page, offset + address - region.start.as_u64())
             .expect("the RAM");
         page.iter().all(|byte| *byte == 0)
@@ -199,7 +201,7 @@ fn threads_read_a_compressed_image_together() {
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                let equal = guest.compare(image.memory.as_ref(), none_missing);
+                let equal = guest.ram.compare(image.memory.as_ref(), none_missing);
                 assert_eq!(equal, 64 * MIB / PAGE as u64);
             });
         }
@@ -228,7 +230,7 @@ fn memory_above_4_gib_is_where_the_guest_sees_it() {
         let image = open(&guest.dump("kdump", false, ",\"format\":\"kdump-zlib\""));
         assert_eq!(image.notes, []);
         assert_eq!(
-            guest.compare(image.memory.as_ref(), none_missing),
+            guest.ram.compare(image.memory.as_ref(), none_missing),
             ram_size / PAGE as u64
         );
 
@@ -240,7 +242,7 @@ fn memory_above_4_gib_is_where_the_guest_sees_it() {
             false,
             &format!(",\"begin\":{begin},\"length\":{length}"),
         ));
-        let equal = guest.compare(image.memory.as_ref(), |address, error| {
+        let equal = guest.ram.compare(image.memory.as_ref(), |address, error| {
             !(begin..begin + length).contains(&address)
                 && matches!(error, PhysicalReadError::Hole { .. })
         });
@@ -256,7 +258,7 @@ fn memory_above_4_gib_is_where_the_guest_sees_it() {
             image.notes
         );
         assert_eq!(
-            guest.compare(image.memory.as_ref(), none_missing),
+            guest.ram.compare(image.memory.as_ref(), none_missing),
             ram_size / PAGE as u64
         );
     }
@@ -286,7 +288,7 @@ fn a_cut_dump_says_what_is_missing_and_reads_the_rest() {
             match image::open(&path, &ImageOptions::default()) {
                 Ok(image) => {
                     opened += 1;
-                    let left = guest.compare(image.memory.as_ref(), |_, error| {
+                    let left = guest.ram.compare(image.memory.as_ref(), |_, error| {
                         matches!(error, PhysicalReadError::Excluded { .. })
                     });
                     assert!(left <= pages, "a shorter file has no more pages");

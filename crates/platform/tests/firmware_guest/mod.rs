@@ -29,7 +29,12 @@ pub struct FirmwareGuest {
     process: Child,
     monitor: BufReader<UnixStream>,
     pub directory: tempfile::TempDir,
-    pub ram: File,
+    pub ram: Ram,
+}
+
+/// What a dump is compared with: the guest's RAM in a file.
+pub struct Ram {
+    pub file: File,
     pub layout: RamLayout,
 }
 
@@ -82,8 +87,10 @@ impl FirmwareGuest {
             process,
             monitor: BufReader::new(connect(&path("qmp"))),
             directory,
-            ram,
-            layout: RamLayout::for_machine(machine, ram_size).expect("a layout"),
+            ram: Ram {
+                file: ram,
+                layout: RamLayout::for_machine(machine, ram_size).expect("a layout"),
+            },
         };
         guest.greeting();
         guest.command("qmp_capabilities", "{}");
@@ -94,6 +101,7 @@ impl FirmwareGuest {
             std::thread::sleep(Duration::from_millis(20));
             guest
                 .ram
+                .file
                 .read_exact_at(&mut signal, SIGNAL.0)
                 .expect("the RAM file");
         }
@@ -124,6 +132,7 @@ impl FirmwareGuest {
                     _ => continue,
                 };
                 self.ram
+                    .file
                     .write_all_at(&bytes, start + page * PAGE as u64)
                     .expect("the RAM file");
             }
@@ -131,7 +140,7 @@ impl FirmwareGuest {
         write(2 * MIB, 1024);
         write(9 * MIB + PAGE as u64, 700);
         // The last pages below the hole and the first and last above it.
-        for (region, offset) in self.layout.entries() {
+        for (region, offset) in self.ram.layout.entries() {
             if region.start.as_u64() > 0 {
                 write(*offset, 100);
                 write(offset + region.length - 64 * PAGE as u64, 64);
@@ -178,7 +187,9 @@ impl FirmwareGuest {
         );
         path
     }
+}
 
+impl Ram {
     /// Compares the memory with the guest's RAM, page by page; the number of
     /// pages that were equal. A page that can't be read for a reason that
     /// `excused` accepts is passed over; any other difference fails.
@@ -193,7 +204,7 @@ impl FirmwareGuest {
             for page in 0..region.length / PAGE as u64 {
                 let inside = page * PAGE as u64;
                 let address = region.start.wrapping_add(inside);
-                self.ram
+                self.file
                     .read_exact_at(&mut expected, offset + inside)
                     .expect("the RAM file");
                 match memory.read(address, &mut found) {
