@@ -1,5 +1,9 @@
 //! One file a table: the rows it should have, made from the guest's own truth.
 
+mod namespaces;
+mod processes;
+mod threads;
+
 use anyhow::Result;
 use secmon_guest::{Guest, Selection};
 use secmon_lab::truth::{
@@ -76,7 +80,11 @@ pub struct Check {
 }
 
 /// Every table that is compared.
-pub static CHECKS: &[Check] = &[];
+pub static CHECKS: &[Check] = &[
+    processes::PROCESSES,
+    threads::THREADS,
+    namespaces::NAMESPACES,
+];
 
 /// A table's rows, read between two truths.
 pub struct Reading {

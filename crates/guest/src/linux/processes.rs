@@ -104,6 +104,13 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             |guest, process| Value::text(process.listing.names.of(guest, &process.task)),
         ),
         column(
+            "task_comm",
+            Kind::Text,
+            Shown::OnRequest,
+            "Name as its task_struct holds it, 15 bytes at most.",
+            |_, process| Value::text(process.task.comm()),
+        ),
+        column(
             "exe",
             Kind::Text,
             Shown::Always,

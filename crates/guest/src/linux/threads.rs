@@ -70,6 +70,13 @@ pub static THREADS: TableOf<Process> = TableOf {
             |guest, thread| Value::text(thread.listing.names.of(guest, &thread.task)),
         ),
         column(
+            "task_comm",
+            Kind::Text,
+            Shown::OnRequest,
+            "Name as its task_struct holds it, 15 bytes at most.",
+            |_, thread| Value::text(thread.task.comm()),
+        ),
+        column(
             "uid",
             Kind::Unsigned,
             Shown::OnRequest,
