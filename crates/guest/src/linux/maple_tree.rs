@@ -124,9 +124,16 @@ struct Link {
     kind: u64,
 }
 
-/// The node that `word` leads to, if it is a link (`xa_is_node`).
-fn link(word: u64) -> Option<Link> {
-    (word & 3 == 2 && word > 4096).then(|| Link {
+/// The node that the tree's root leads to, if it is a link (`xa_is_node`,
+/// which `mte_mk_root()` marks it to be).
+fn root_link(word: u64) -> Option<Link> {
+    (word & 3 == 2).then(|| node_link(word)).flatten()
+}
+
+/// The node that a slot of a node which is no leaf leads to. Unlike the
+/// root's, these links (`mt_mk_node()`) don't have the mark of a node.
+fn node_link(word: u64) -> Option<Link> {
+    (word > 4096).then(|| Link {
         node: VirtualAddress::new(word & !LINK_BITS),
         kind: (word >> TYPE_SHIFT) & TYPE_MASK,
     })
@@ -279,7 +286,7 @@ impl MapleModel {
                 return walk;
             }
         };
-        let Some(first) = link(root) else {
+        let Some(first) = root_link(root) else {
             if root != 0 && root != ZERO_ENTRY {
                 walk.items.push(Range {
                     first: 0,
@@ -329,7 +336,7 @@ impl MapleModel {
                 continue;
             }
             let from = node.address;
-            let Some(link) = link(range.word) else {
+            let Some(link) = node_link(range.word) else {
                 walk.fail(TreeError::Wild {
                     node: from,
                     found: VirtualAddress::new(range.word),
@@ -416,8 +423,14 @@ mod tests {
         0x1000 + number * 256
     }
 
-    fn node_link(number: u64, kind: u64) -> u64 {
-        Synthetic::at(node(number)).as_u64() | kind << TYPE_SHIFT | 2 | 4
+    /// `mt_mk_node()`
+    fn child(number: u64, kind: u64) -> u64 {
+        Synthetic::at(node(number)).as_u64() | kind << TYPE_SHIFT | 4
+    }
+
+    /// `mte_mk_root()` of it
+    fn root(number: u64, kind: u64) -> u64 {
+        child(number, kind) | 2
     }
 
     fn pointer(number: u64) -> u64 {
@@ -465,8 +478,8 @@ mod tests {
         let first = slots(0, 5, 999);
         let second = slots(1000, 16, u64::MAX);
         let above = Synthetic::at(node(0)).as_u64();
-        memory.write_u64(TREE + MODEL.root, node_link(0, GAP_RANGE));
-        let links = [(999, node_link(1, LEAF)), (u64::MAX, node_link(2, LEAF))];
+        memory.write_u64(TREE + MODEL.root, root(0, GAP_RANGE));
+        let links = [(999, child(1, LEAF)), (u64::MAX, child(2, LEAF))];
         let tree = Synthetic::at(TREE).as_u64();
         write_node(&memory, 0, MODEL.gap_range, tree | 1, &links);
         write_node(&memory, 1, MODEL.range, above | 6, &first);
@@ -518,12 +531,12 @@ mod tests {
     #[test]
     fn leaves_what_leads_nowhere() {
         let (memory, expected) = tree(Volatility::Static);
-        memory.write_u64(node(0) + 80, node_link(0, GAP_RANGE));
+        memory.write_u64(node(0) + 80, child(0, GAP_RANGE));
         assert!(matches!(
             walked(&memory).errors[..],
             [TreeError::Twice { .. }]
         ));
-        memory.write_u64(node(0) + 80, node_link(1, 7));
+        memory.write_u64(node(0) + 80, child(1, 7));
         assert!(matches!(
             walked(&memory).errors[..],
             [TreeError::Shape { .. }]
@@ -534,7 +547,7 @@ mod tests {
             [TreeError::Wild { .. }]
         ));
         // A replaced node: told, and read.
-        memory.write_u64(node(0) + 80, node_link(1, LEAF));
+        memory.write_u64(node(0) + 80, child(1, LEAF));
         memory.write_pointer(node(1), node(1));
         let walk = walked(&memory);
         assert_eq!(walk.items, expected);
@@ -552,7 +565,7 @@ mod tests {
                 let value = match kind {
                     0 => value,
                     1 => value & 0xffff,
-                    2 => node_link(value % 4, (value >> 8) % 4),
+                    2 => child(value % 4, (value >> 8) % 4),
                     _ => Synthetic::at(value % SIZE).as_u64(),
                 };
                 memory.write_u64(node(0) + place / 8 * 8, value);
