@@ -121,6 +121,12 @@ fn a_guest_is_shown_as_it_is() {
     let same = watched.run(&["read", &format!("phys:{physical}"), "--raw", "-l", "64"]);
     assert_eq!(same.stdout, banner.stdout);
 
+    // A process's own memory: its program starts as every program does.
+    let maps = watched.rows(&["maps", "--pid", "1", "--limit", "1"]);
+    let start = maps[0]["start"].as_str().expect("an address");
+    let program = watched.run(&["read", &format!("1:{start}"), "--raw", "-l", "4"]);
+    assert_eq!(program.stdout, b"\x7fELF", "{program:?}");
+
     let lines = String::from_utf8(watched.run(&["ps", "--format", "ndjson"]).stdout);
     assert!(lines.expect("UTF-8").lines().count() > truth.len());
     let unknown = watched.run(&["translate", "no_such_symbol"]);
