@@ -36,6 +36,7 @@ pub fn tables() -> &'static [&'static dyn Table] {
         &linux::maps::MAPS,
         &linux::mounts::MOUNTS,
         &linux::env::ENV,
+        &linux::info::INFO,
         &linux::kmsg::KMSG,
         &linux::module::MODULES,
         &linux::net::INTERFACES,

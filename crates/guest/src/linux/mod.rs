@@ -11,6 +11,7 @@ pub mod env;
 pub mod file;
 pub mod files;
 pub(crate) mod hash;
+pub mod info;
 pub mod kmsg;
 pub mod list;
 pub mod maple_tree;
