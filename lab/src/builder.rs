@@ -318,8 +318,8 @@ impl GuestBuilder {
             "chardev=control,mode=control",
         ]);
         if self.workload.rich {
-            // An interface without a network behind it.
-            command.args(["-netdev", "hubport,hubid=0,id=network"]);
+            // An interface whose network ends in QEMU.
+            command.args(["-netdev", "user,id=network,restrict=on"]);
             command.args(["-device", "virtio-net-pci,netdev=network,romfile="]);
         }
         if self.qmp == QmpAccess::Socket {

@@ -297,10 +297,10 @@ fn sweep(base: &Path) {
             continue;
         }
         // One without a lock file is being made at this moment.
-        if let Ok(lock) = File::open(entry.path().join(LOCK_FILE)) {
-            if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-                let _ = fs::remove_dir_all(entry.path());
-            }
+        if let Ok(lock) = File::open(entry.path().join(LOCK_FILE))
+            && flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            let _ = fs::remove_dir_all(entry.path());
         }
     }
 }

@@ -39,6 +39,7 @@ const RICH_MODULES: &[&str] = &[
 /// Modules that are there to be listed: with parameters, with dependencies,
 /// with users.
 const EXTRA_MODULES: &[&str] = &[
+    "lzo_rle",
     "bridge",
     "8021q",
     "nf_tables",

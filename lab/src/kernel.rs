@@ -168,10 +168,9 @@ fn list_modules(folder: &Path, modules: &mut BTreeMap<String, PathBuf>) -> Resul
             .file_name()
             .to_str()
             .and_then(|name| name.split_once('.'))
+            && matches!(extension, "ko" | "ko.xz")
         {
-            if matches!(extension, "ko" | "ko.xz") {
-                modules.insert(stem.replace('-', "_"), path);
-            }
+            modules.insert(stem.replace('-', "_"), path);
         }
     }
     Ok(())

@@ -55,12 +55,12 @@ impl Qmp {
         if greeting.get("QMP").is_none() {
             bail!("not a QEMU monitor: {greeting}");
         }
-        qmp.execute("qmp_capabilities", json!({}))?;
+        qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
     /// Runs a command and returns its result.
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         let request = json!({"execute": command, "arguments": arguments});
         let stream = self.stream.get_mut();
         writeln!(stream, "{request}").with_context(|| format!("cannot send {command}"))?;
@@ -80,7 +80,7 @@ impl Qmp {
 
     /// Runs a command of the human monitor and returns its text.
     pub fn human(&mut self, line: &str) -> Result<String> {
-        let reply = self.execute("human-monitor-command", json!({"command-line": line}))?;
+        let reply = self.execute("human-monitor-command", &json!({"command-line": line}))?;
         match reply.as_str() {
             Some(text) => Ok(text.replace('\r', "")),
             None => bail!("{line}: no text but {reply}"),
@@ -89,17 +89,17 @@ impl Qmp {
 
     /// Stops all vCPUs.
     pub fn stop(&mut self) -> Result<()> {
-        self.execute("stop", json!({})).map(drop)
+        self.execute("stop", &json!({})).map(drop)
     }
 
     /// Lets the vCPUs go on.
     pub fn resume(&mut self) -> Result<()> {
-        self.execute("cont", json!({})).map(drop)
+        self.execute("cont", &json!({})).map(drop)
     }
 
     /// The run state (`running`, `paused`, `internal-error`, …).
     pub fn status(&mut self) -> Result<String> {
-        let reply = self.execute("query-status", json!({}))?;
+        let reply = self.execute("query-status", &json!({}))?;
         let status = reply.get("status").and_then(Value::as_str);
         Ok(status.context("query-status without a status")?.to_owned())
     }
@@ -119,7 +119,7 @@ impl Qmp {
         if let Some(name) = name {
             arguments["format"] = json!(name);
         }
-        self.execute("dump-guest-memory", arguments).map(drop)
+        self.execute("dump-guest-memory", &arguments).map(drop)
     }
 
     /// The guest physical address of a virtual one on a vCPU (0 is the

@@ -6,7 +6,6 @@
 //! starts all of them.
 
 use std::io;
-use std::os::fd::AsRawFd as _;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command};
@@ -24,7 +23,10 @@ struct Job {
 /// Starts `command` with `inherited` open in it under the same numbers; it is
 /// killed when this process ends, however it ends.
 pub fn start(mut command: Command, inherited: Vec<OwnedFd>) -> io::Result<Child> {
-    let numbers: Vec<RawFd> = inherited.iter().map(|fd| fd.as_raw_fd()).collect();
+    let numbers: Vec<RawFd> = inherited
+        .iter()
+        .map(rustix::fd::AsRawFd::as_raw_fd)
+        .collect();
     let parent = rustix::process::getpid();
     let prepare = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;

@@ -124,8 +124,9 @@ impl TruthChannel {
         self.ask(&Request::ResumeBusy)
     }
 
-    /// Ends the busy mode and waits until its processes are gone.
-    pub fn pause_busy(&self) -> Result<()> {
+    /// Ends the busy mode, waits until its processes are gone, and tells how
+    /// many rounds there were since the boot.
+    pub fn pause_busy(&self) -> Result<u64> {
         self.ask(&Request::PauseBusy)
     }
 

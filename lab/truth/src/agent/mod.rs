@@ -2,6 +2,8 @@
 
 mod boot;
 mod make;
+mod memory;
+mod netlink;
 mod serve;
 mod sys;
 mod tell;
@@ -14,7 +16,7 @@ use secmon_truth::{READY_MARK, Workload};
 pub fn run() {
     let arguments: Vec<_> = std::env::args_os().collect();
     if let Some(role) = make::role(&arguments) {
-        make::play(role);
+        make::play(&role);
     }
     if std::process::id() != 1 {
         eprintln!("secmon-truth is process 1 of a lab guest; it does nothing elsewhere");
@@ -35,7 +37,7 @@ fn guest() -> std::io::Result<()> {
     let made = make::all(&workload, &mut failures)?;
     let port = boot::open_port()?;
     console(READY_MARK);
-    serve::requests(port, made, failures)
+    serve::requests(port, made, &failures)
 }
 
 fn workload() -> std::io::Result<Workload> {

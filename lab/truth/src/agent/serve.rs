@@ -15,7 +15,7 @@ use super::{sys, tell};
 const LONGEST_REQUEST: usize = 64 * 1024;
 
 /// Reads requests and answers them until the host asks to exit.
-pub fn requests(mut port: File, mut made: Made, failures: Vec<String>) -> io::Result<()> {
+pub fn requests(mut port: File, mut made: Made, failures: &[String]) -> io::Result<()> {
     reply(&mut port, Ok(READY_MARK))?;
     let mut pending = Vec::new();
     let mut touched = Vec::new();
@@ -42,7 +42,7 @@ pub fn requests(mut port: File, mut made: Made, failures: Vec<String>) -> io::Re
             let line: Vec<u8> = pending.drain(..=end).collect();
             match serde_json::from_slice::<Request>(&line) {
                 Ok(Request::Exit) => return Ok(()),
-                Ok(request) => answer(&mut port, &request, &mut made, &failures, &mut touched)?,
+                Ok(request) => answer(&mut port, &request, &mut made, failures, &mut touched)?,
                 Err(error) => reply::<()>(&mut port, Err(io::Error::other(error)))?,
             }
         }

@@ -249,3 +249,447 @@ pub fn poll_readable(fds: &[RawFd], timeout_ms: libc::c_int) -> io::Result<Vec<b
     })?;
     Ok(polled.iter().map(|one| one.revents != 0).collect())
 }
+
+/// `socket(2)`.
+pub fn socket(
+    domain: libc::c_int,
+    kind: libc::c_int,
+    protocol: libc::c_int,
+) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    own(unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })
+}
+
+/// `socketpair(2)` of UNIX sockets.
+pub fn socket_pair(kind: libc::c_int) -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut pair = [0; 2];
+    // SAFETY: an array of two integers.
+    check(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr()) })?;
+    Ok((own(pair[0])?, own(pair[1])?))
+}
+
+/// `bind(2)` with an address as bytes.
+pub fn bind(socket: &impl AsRawFd, address: &[u8]) -> io::Result<()> {
+    let length = address.len() as libc::socklen_t;
+    // SAFETY: a buffer of the length given.
+    check(unsafe { libc::bind(socket.as_raw_fd(), address.as_ptr().cast(), length) }).map(drop)
+}
+
+/// `connect(2)` with an address as bytes.
+pub fn connect(socket: &impl AsRawFd, address: &[u8]) -> io::Result<()> {
+    let length = address.len() as libc::socklen_t;
+    // SAFETY: a buffer of the length given.
+    check(unsafe { libc::connect(socket.as_raw_fd(), address.as_ptr().cast(), length) }).map(drop)
+}
+
+/// `listen(2)`.
+pub fn listen(socket: &impl AsRawFd, backlog: libc::c_int) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::listen(socket.as_raw_fd(), backlog) }).map(drop)
+}
+
+/// `accept(2)`, the peer's address left out.
+pub fn accept(socket: &impl AsRawFd) -> io::Result<OwnedFd> {
+    let none = std::ptr::null_mut();
+    // SAFETY: null pointers are allowed.
+    own(unsafe { libc::accept(socket.as_raw_fd(), none, std::ptr::null_mut()) })
+}
+
+/// `setsockopt(2)` with a value as bytes.
+pub fn set_socket_option(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &[u8],
+) -> io::Result<()> {
+    // SAFETY: a buffer of the length given.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    })
+    .map(drop)
+}
+
+/// `memfd_create(2)`.
+pub fn memfd(name: &[u8], flags: libc::c_uint) -> io::Result<OwnedFd> {
+    let name = c_string(OsStr::from_bytes(name))?;
+    // SAFETY: a NUL-terminated string.
+    own(unsafe { libc::memfd_create(name.as_ptr(), flags) })
+}
+
+/// `eventfd(2)`.
+pub fn eventfd(value: libc::c_uint) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    own(unsafe { libc::eventfd(value, 0) })
+}
+
+/// `epoll_create1(2)`, watching one descriptor.
+pub fn epoll(watched: &impl AsRawFd) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+    let mut event = libc::epoll_event {
+        events: libc::EPOLLIN as u32,
+        u64: 7,
+    };
+    // SAFETY: a pointer to an event.
+    check(unsafe {
+        libc::epoll_ctl(
+            epoll.as_raw_fd(),
+            libc::EPOLL_CTL_ADD,
+            watched.as_raw_fd(),
+            &raw mut event,
+        )
+    })?;
+    Ok(epoll)
+}
+
+/// `timerfd_create(2)`, set to go off in a day.
+pub fn timerfd() -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    let timer = own(unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK) })?;
+    let never = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let day = libc::timespec {
+        tv_sec: 86_400,
+        tv_nsec: 0,
+    };
+    let value = libc::itimerspec {
+        it_interval: never,
+        it_value: day,
+    };
+    // SAFETY: a pointer to a value, and a null one where that is allowed.
+    check(unsafe {
+        libc::timerfd_settime(timer.as_raw_fd(), 0, &raw const value, std::ptr::null_mut())
+    })?;
+    Ok(timer)
+}
+
+/// `signalfd(2)` for `SIGUSR2`.
+pub fn signalfd() -> io::Result<OwnedFd> {
+    // SAFETY: the set is initialised by `sigemptyset` before it is used; all
+    // pointers are to it.
+    own(unsafe {
+        let mut set = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGUSR2);
+        libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC)
+    })
+}
+
+/// `inotify_init1(2)` with a watch on `path`.
+pub fn inotify(path: &str) -> io::Result<OwnedFd> {
+    let path = c_string(path)?;
+    // SAFETY: no memory is involved.
+    let inotify = own(unsafe { libc::inotify_init1(libc::IN_CLOEXEC) })?;
+    // SAFETY: a NUL-terminated string.
+    check(unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), path.as_ptr(), libc::IN_CREATE) })?;
+    Ok(inotify)
+}
+
+/// `fanotify_init(2)`.
+pub fn fanotify() -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    own(unsafe { libc::fanotify_init(libc::FAN_CLASS_NOTIF, libc::O_RDONLY as libc::c_uint) })
+}
+
+/// `pidfd_open(2)`.
+pub fn pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    own(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as libc::c_int)
+}
+
+/// `userfaultfd(2)`.
+pub fn userfaultfd() -> io::Result<OwnedFd> {
+    // SAFETY: no memory is involved.
+    own(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) } as libc::c_int)
+}
+
+/// `io_uring_setup(2)` with four entries.
+pub fn io_uring() -> io::Result<OwnedFd> {
+    let mut parameters = [0u32; 30];
+    // SAFETY: struct io_uring_params is 120 bytes, all zero allowed.
+    own(
+        unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) }
+            as libc::c_int,
+    )
+}
+
+/// `perf_event_open(2)`: a software clock of this process.
+pub fn perf_event() -> io::Result<OwnedFd> {
+    // struct perf_event_attr: type 1 (software), size, config 1 (task clock).
+    let mut attribute = [0u8; 128];
+    attribute[0] = 1;
+    attribute[4] = 128;
+    attribute[8] = 1;
+    // SAFETY: an attribute of the size that it states.
+    own(unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            attribute.as_mut_ptr(),
+            0,
+            -1,
+            -1,
+            0,
+        )
+    } as libc::c_int)
+}
+
+/// `dup2(2)`.
+pub fn duplicate_to(from: &impl AsRawFd, to: RawFd) -> io::Result<()> {
+    // SAFETY: descriptors only; nobody owns the target number.
+    check(unsafe { libc::dup2(from.as_raw_fd(), to) }).map(drop)
+}
+
+/// `mkfifo(3)`.
+pub fn make_fifo(path: &str) -> io::Result<()> {
+    let path = c_string(path)?;
+    // SAFETY: a NUL-terminated string.
+    check(unsafe { libc::mkfifo(path.as_ptr(), 0o640) }).map(drop)
+}
+
+/// Real, effective and saved ids, and supplementary groups.
+pub fn set_ids(uids: [u32; 3], gids: [u32; 3], groups: &[u32]) -> io::Result<()> {
+    // SAFETY: an array of the length given, numbers otherwise.
+    unsafe {
+        check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+        check(libc::setresgid(gids[0], gids[1], gids[2]))?;
+        check(libc::setresuid(uids[0], uids[1], uids[2]))?;
+    }
+    Ok(())
+}
+
+/// `setfsuid(2)`.
+pub fn set_file_system_user(uid: u32) {
+    // SAFETY: no memory is involved.
+    unsafe {
+        libc::setfsuid(uid);
+    }
+}
+
+/// `setresuid(2)` of the calling thread alone, which the C library avoids.
+pub fn set_thread_user(uid: u32) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check_long(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) }).map(drop)
+}
+
+/// `capset(2)`: effective, permitted, inheritable of this thread.
+pub fn set_capabilities(effective: u64, permitted: u64, inheritable: u64) -> io::Result<()> {
+    // Version 3 of the header, then two triples of 32 bits.
+    let header = [0x2008_0522u32, 0];
+    let data = [
+        effective as u32,
+        permitted as u32,
+        inheritable as u32,
+        (effective >> 32) as u32,
+        (permitted >> 32) as u32,
+        (inheritable >> 32) as u32,
+    ];
+    // SAFETY: both structures have the sizes that the version states.
+    check_long(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) }).map(drop)
+}
+
+/// A seccomp filter that allows everything.
+pub fn filter_system_calls() -> io::Result<()> {
+    // BPF_RET | BPF_K, SECCOMP_RET_ALLOW.
+    let mut program = [libc::sock_filter {
+        code: 0x06,
+        jt: 0,
+        jf: 0,
+        k: libc::SECCOMP_RET_ALLOW,
+    }];
+    let filter = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: a program of the length that it states.
+    check(unsafe {
+        libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER,
+            &raw const filter,
+            0,
+            0,
+        )
+    })
+    .map(drop)
+}
+
+/// `sched_setscheduler(2)` of this process.
+pub fn set_policy(policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
+    let parameter = libc::sched_param {
+        sched_priority: priority,
+    };
+    // SAFETY: a pointer to a parameter.
+    check_long(unsafe {
+        libc::syscall(
+            libc::SYS_sched_setscheduler,
+            0,
+            policy,
+            &raw const parameter,
+        )
+    })
+    .map(drop)
+}
+
+/// `setpriority(2)` of this process.
+pub fn set_nice(nice: libc::c_int) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }).map(drop)
+}
+
+/// `setpgid(2)`.
+pub fn set_process_group(pid: libc::pid_t, group: libc::pid_t) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::setpgid(pid, group) }).map(drop)
+}
+
+/// Makes a terminal the controlling one of this session.
+pub fn take_terminal(terminal: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: the request takes a number.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 1) }).map(drop)
+}
+
+/// `tcsetpgrp(3)`.
+pub fn set_foreground(terminal: &impl AsRawFd, group: libc::pid_t) -> io::Result<()> {
+    // SAFETY: the request takes a pointer to a number.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSPGRP, &raw const group) }).map(drop)
+}
+
+/// Unlocks a pseudoterminal and tells its number.
+pub fn unlock_terminal(main: &impl AsRawFd) -> io::Result<u32> {
+    let unlock: libc::c_int = 0;
+    let mut number: libc::c_uint = 0;
+    // SAFETY: both requests take a pointer to a number.
+    unsafe {
+        check(libc::ioctl(
+            main.as_raw_fd(),
+            libc::TIOCSPTLCK,
+            &raw const unlock,
+        ))?;
+        check(libc::ioctl(
+            main.as_raw_fd(),
+            libc::TIOCGPTN,
+            &raw mut number,
+        ))?;
+    }
+    Ok(number)
+}
+
+/// `sethostname(2)`.
+pub fn set_host_name(name: &[u8]) -> io::Result<()> {
+    // SAFETY: a buffer of the length given.
+    check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) }).map(drop)
+}
+
+/// `ptrace(PTRACE_SEIZE)` and stop it.
+pub fn trace_and_stop(pid: libc::pid_t) -> io::Result<()> {
+    let none: *mut libc::c_void = std::ptr::null_mut();
+    // SAFETY: both requests take null pointers.
+    unsafe {
+        check_long(libc::ptrace(libc::PTRACE_SEIZE, pid, none, none))?;
+        check_long(libc::ptrace(libc::PTRACE_INTERRUPT, pid, none, none))?;
+    }
+    wait_for(pid, libc::__WALL).map(drop)
+}
+
+/// `swapon(2)`.
+pub fn swap_on(path: &str) -> io::Result<()> {
+    let path = c_string(path)?;
+    // SAFETY: a NUL-terminated string.
+    check(unsafe { libc::swapon(path.as_ptr(), 0) }).map(drop)
+}
+
+/// `close(2)` of a number that nobody owns any more.
+pub fn close(fd: RawFd) {
+    // SAFETY: the callers give numbers without an owner.
+    unsafe {
+        libc::close(fd);
+    }
+}
+
+/// Ends the calling thread alone, whatever runs beside it.
+pub fn exit_thread() -> ! {
+    // SAFETY: no memory is involved; nothing of this thread is used later.
+    unsafe {
+        libc::syscall(libc::SYS_exit, 0);
+    }
+    rest()
+}
+
+/// Waits until a child has ended, and leaves it a zombie.
+pub fn wait_until_dead(pid: libc::pid_t) -> io::Result<()> {
+    let mut information = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+    // SAFETY: a pointer to a structure of the right type.
+    check(unsafe {
+        libc::waitid(
+            libc::P_PID,
+            pid as libc::id_t,
+            information.as_mut_ptr(),
+            libc::WEXITED | libc::WNOWAIT,
+        )
+    })
+    .map(drop)
+}
+
+/// Raises `RLIMIT_NOFILE`.
+pub fn set_open_file_limit(limit: u64) -> io::Result<()> {
+    let limit = libc::rlimit {
+        rlim_cur: limit,
+        rlim_max: limit,
+    };
+    // SAFETY: a pointer to a limit.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
+}
+
+/// `if_nametoindex(3)`.
+pub fn interface_index(name: &str) -> io::Result<u32> {
+    let text = c_string(name)?;
+    // SAFETY: a NUL-terminated string.
+    match unsafe { libc::if_nametoindex(text.as_ptr()) } {
+        0 => Err(io::Error::other(format!("no interface {name}"))),
+        index => Ok(index),
+    }
+}
+
+/// Sends a descriptor over a UNIX socket (`SCM_RIGHTS`).
+pub fn send_descriptor(socket: &impl AsRawFd, sent: &impl AsRawFd) -> io::Result<()> {
+    let mut byte = [0u8; 1];
+    let mut part = libc::iovec {
+        iov_base: byte.as_mut_ptr().cast(),
+        iov_len: 1,
+    };
+    // One header and one descriptor, aligned as the header is.
+    let mut ancillary = [0u64; 4];
+    // SAFETY: all-zero is a valid message; the pointers set in it are to live
+    // buffers of the lengths set beside them, and the ancillary buffer is as
+    // large as CMSG_SPACE of one descriptor (24 bytes).
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = ancillary.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(4) as usize;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
+        libc::CMSG_DATA(header)
+            .cast::<RawFd>()
+            .write_unaligned(sent.as_raw_fd());
+        check_long(libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) as libc::c_long)?;
+    }
+    Ok(())
+}
+
+/// `flock(2)`, exclusive.
+pub fn lock_file(file: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }).map(drop)
+}

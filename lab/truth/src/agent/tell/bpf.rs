@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd as _;
 
 use secmon_truth::{Bpf, BpfMap, BpfProgram};
 
-use super::netlink::number;
+use crate::agent::netlink::number;
 use crate::agent::sys;
 
 const PROGRAM_GET_NEXT_ID: libc::c_int = 11;

@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn own_descriptors_are_told() {
-        let (_reader, writer) = std::io::pipe().unwrap();
+        let (_reader, writer) = io::pipe().unwrap();
         let fd = std::os::fd::AsRawFd::as_raw_fd(&writer);
         let own = open_file(std::process::id() as i32, fd).expect("own pipe");
         assert_eq!(own.kind, FileKind::Pipe);

@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use secmon_truth::{ByteString, Interface, InterfaceAddress};
 
 use super::namespaces::network_namespaces;
-use super::netlink::{Netlink, attributes, number};
+use crate::agent::netlink::{Netlink, attributes, number};
 use crate::agent::sys;
 
 /// Every interface of every network namespace.

@@ -9,7 +9,7 @@ pub mod maps;
 pub mod modules;
 pub mod mounts;
 pub mod namespaces;
-mod netlink;
+
 pub mod processes;
 pub mod sockets;
 

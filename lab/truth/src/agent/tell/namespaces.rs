@@ -40,12 +40,12 @@ pub fn namespaces() -> io::Result<Vec<Namespace>> {
         }
     }
     for mount in mounts::mounts()? {
-        if mount.fstype == "nsfs" {
-            if let Some((kind, inode)) = mount.root.as_str().and_then(parse) {
-                entry(&mut found, kind, inode, |namespace| {
-                    namespace.mounts.push(mount.target.clone());
-                });
-            }
+        if mount.fstype == "nsfs"
+            && let Some((kind, inode)) = mount.root.as_str().and_then(parse)
+        {
+            entry(&mut found, kind, inode, |namespace| {
+                namespace.mounts.push(mount.target.clone());
+            });
         }
     }
     let own_uts = fs::File::open("/proc/self/ns/uts")?;

@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use secmon_truth::{ByteString, Socket};
 
 use super::namespaces::network_namespaces;
-use super::netlink::{Netlink, attributes, number};
+use crate::agent::netlink::{Netlink, attributes, number};
 use crate::agent::sys;
 
 /// `SOCK_DIAG_BY_FAMILY` of `include/uapi/linux/sock_diag.h`.
@@ -255,7 +255,7 @@ fn unix_dump() -> io::Result<Vec<UnixDiag>> {
                     0 => found.name = Some(ByteString::from(value)),
                     2 => {
                         found.peer =
-                            number(value, 0).map(|inode| u64::from(u32::from_ne_bytes(inode)))
+                            number(value, 0).map(|inode| u64::from(u32::from_ne_bytes(inode)));
                     }
                     _ => {}
                 }
