@@ -226,6 +226,10 @@ impl PhysicalMemory for CachedMemory {
     fn mapped(&self) -> Option<&MappedMemory> {
         self.source.mapped()
     }
+
+    fn populated(&self) -> Vec<MemoryRegion> {
+        self.source.populated()
+    }
 }
 
 #[cfg(test)]

@@ -78,6 +78,17 @@ pub trait PhysicalMemory: Send + Sync {
         None
     }
 
+    /// The parts of the regions that may hold anything but zeros now: sorted,
+    /// disjoint, of whole pages. A look at all of memory needs to look at no
+    /// more, and at a live target should not: reading memory that the host has
+    /// not given to the guest yet may make the host give it.
+    ///
+    /// Of live memory it is what was so at the call; a source that does not
+    /// know gives all regions.
+    fn populated(&self) -> Vec<MemoryRegion> {
+        self.regions().to_vec()
+    }
+
     /// The bytes of RAM in all regions.
     fn size(&self) -> u64 {
         self.regions().iter().map(|region| region.length).sum()

@@ -7,4 +7,7 @@ pub mod image;
 pub mod ivshmem;
 pub mod layout;
 pub mod qemu;
+mod shared;
 pub mod target;
+
+pub use shared::SharedRam;

@@ -521,3 +521,51 @@ fn targets_are_listed_with_what_to_give() {
         assert!(opened.pause.is_some());
     }
 }
+
+#[test]
+fn what_the_guest_never_used_is_not_populated() {
+    let cases: [&[&str]; 3] = [
+        &[],
+        &[
+            "-object",
+            "memory-backend-memfd,id=m,size=6G",
+            "-machine",
+            "memory-backend=m",
+        ],
+        &[
+            "-object",
+            "memory-backend-ram,id=m,size=6G,share=on",
+            "-machine",
+            "memory-backend=m",
+        ],
+    ];
+    for case in cases {
+        let mut arguments: Vec<String> = vec!["-m".to_owned(), "6G".to_owned()];
+        arguments.extend(case.iter().map(|argument| (*argument).to_owned()));
+        let marks = [0x1234_5678, 3 * GIB - 512 * MIB, 6 * GIB];
+        for address in marks {
+            arguments.extend(value_at(address & !7, 0x7777_7777_7777_7777));
+        }
+        let mut machine = Machine::start(&arguments);
+        machine.run_firmware();
+        let target = open_pid(&machine);
+        let populated = target.memory.populated();
+        let size: u64 = populated.iter().map(|region| region.length).sum();
+        assert!(size < 256 * MIB, "{case:?}: {size:#x}");
+        for pair in populated.windows(2) {
+            assert!(pair[0].end() <= pair[1].start, "{pair:?}");
+        }
+        for address in marks.into_iter().chain([0x400, 0xf_fff0]) {
+            let address = PhysicalAddress::new(address);
+            let holds = populated.iter().any(|region| region.contains(address));
+            assert!(holds, "{case:?}: {address} {populated:?}");
+        }
+        // What is left out is zero, in samples all over RAM.
+        for address in (0..3 * GIB).step_by(37 * MIB as usize + 4096) {
+            let address = PhysicalAddress::new(address);
+            if !populated.iter().any(|region| region.contains(address)) {
+                assert_eq!(read(&target, address.as_u64(), 4096), vec![0; 4096]);
+            }
+        }
+    }
+}

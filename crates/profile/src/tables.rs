@@ -85,7 +85,7 @@ pub(crate) fn quick_candidates(
 pub(crate) fn all_candidates(memory: &dyn PhysicalMemory) -> Vec<Candidate> {
     let mut candidates = Candidates::new(memory);
     let mut buffer = Vec::new();
-    for region in memory.regions() {
+    for region in memory.populated() {
         let first = region.start.as_u64().next_multiple_of(PAGE_SIZE);
         let end = region.end().as_u64();
         if let Some(mapped) = memory.mapped() {

@@ -20,10 +20,11 @@ use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use secmon_memory::{
-    LayoutError, MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility,
+    LayoutError, MemoryRegion, PAGE_SIZE, PhysicalAddress, PhysicalMemory, PhysicalReadError,
+    Volatility,
 };
 
-use super::process::{ProcessHandle, ProcessId, folder};
+use super::process::{self, ProcessHandle, ProcessId, folder};
 
 /// Where a region of guest RAM lies in QEMU's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +53,9 @@ pub struct ProcessMemory {
     channel: Channel,
     pieces: Vec<HostRegion>,
     regions: Vec<MemoryRegion>,
+    /// `/proc/PID/pagemap`, if all pieces are private anonymous memory: of
+    /// that, what has no page is zero.
+    page_map: Option<File>,
 }
 
 /// One read of a batch, see [`ProcessMemory::read_many`].
@@ -62,6 +66,12 @@ pub struct ReadRequest<'a> {
     /// What to fill.
     pub buffer: &'a mut [u8],
 }
+
+/// Entries of the page map that are read at once.
+const ENTRIES: usize = 64 << 10;
+
+/// Populated parts with no more than this between them count as one.
+const JOINED: u64 = 64 << 10;
 
 /// The most pieces that one `process_vm_readv` takes (`UIO_MAXIOV`).
 const MAX_VECTORS: usize = 1024;
@@ -99,6 +109,7 @@ impl ProcessMemory {
         // its number.
         let process = ProcessHandle::open(process)?;
         Ok(Self {
+            page_map: page_map(process.id.pid, &pieces),
             process,
             channel,
             regions: pieces.iter().map(|piece| piece.region).collect(),
@@ -176,6 +187,43 @@ impl ProcessMemory {
         (inside < piece.region.length).then_some((piece, inside))
     }
 
+    /// Appends the parts of a piece that have pages.
+    fn populated_of(
+        page_map: &File,
+        piece: &HostRegion,
+        found: &mut Vec<MemoryRegion>,
+    ) -> io::Result<()> {
+        let start = piece.region.start;
+        let pages = piece.region.length.div_ceil(PAGE_SIZE);
+        let first = piece.host_address / PAGE_SIZE;
+        let mut entries = vec![0; ENTRIES * 8];
+        let mut page = 0;
+        while page < pages {
+            let wanted = (pages - page).min(ENTRIES as u64) as usize * 8;
+            let buffer = entries.get_mut(..wanted).unwrap_or_default();
+            page_map.read_exact_at(buffer, (first + page) * 8)?;
+            for entry in buffer.chunks_exact(8) {
+                // Bit 63 is "present", bit 62 "swapped out"; little-endian.
+                if entry.last().is_some_and(|byte| byte & 0xc0 != 0) {
+                    let from = start.wrapping_add(page * PAGE_SIZE);
+                    let end =
+                        start.wrapping_add((page * PAGE_SIZE + PAGE_SIZE).min(piece.region.length));
+                    match found.last_mut() {
+                        Some(last)
+                            if last.start >= start
+                                && from.as_u64() - last.end().as_u64() <= JOINED =>
+                        {
+                            last.length = end.as_u64() - last.start.as_u64();
+                        }
+                        _ => found.push(MemoryRegion::new(from, end.as_u64() - from.as_u64())),
+                    }
+                }
+                page += 1;
+            }
+        }
+        Ok(())
+    }
+
     fn failed(&self, address: u64, error: &io::Error) -> PhysicalReadError {
         let pid = self.process.id.pid;
         let reason = if self.process.is_alive() {
@@ -223,6 +271,20 @@ impl PhysicalMemory for ProcessMemory {
         }
         Ok(())
     }
+
+    /// By the host's page tables, where RAM is QEMU's private memory.
+    fn populated(&self) -> Vec<MemoryRegion> {
+        let Some(page_map) = &self.page_map else {
+            return self.regions.clone();
+        };
+        let mut found = Vec::new();
+        for piece in &self.pieces {
+            if Self::populated_of(page_map, piece, &mut found).is_err() {
+                return self.regions.clone();
+            }
+        }
+        found
+    }
 }
 
 impl Channel {
@@ -253,6 +315,22 @@ impl Channel {
         }
         Ok(())
     }
+}
+
+/// The page map of the process, if every piece is private anonymous memory.
+fn page_map(pid: u32, pieces: &[HostRegion]) -> Option<File> {
+    let mappings = process::mappings(pid).ok()?;
+    let private = pieces.iter().all(|piece| {
+        let end = piece.host_address.saturating_add(piece.region.length);
+        let mut of_piece = mappings
+            .iter()
+            .filter(|mapping| mapping.start < end && piece.host_address < mapping.end);
+        piece.host_address.is_multiple_of(PAGE_SIZE)
+            && piece.region.start.is_aligned(PAGE_SIZE)
+            && of_piece.all(|mapping| !mapping.shared && mapping.inode == 0)
+    });
+    let path = folder(pid).join("pagemap");
+    private.then(|| File::open(path).ok()).flatten()
 }
 
 /// The first way that this process is allowed.
@@ -394,7 +472,7 @@ mod tests {
             .spawn()
             .expect("sleep");
         let process = ProcessId::of(child.id()).expect("a process");
-        let mapping = super::super::process::mappings(child.id())
+        let mapping = process::mappings(child.id())
             .expect("maps")
             .into_iter()
             .find(|mapping| mapping.readable)

@@ -9,15 +9,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secmon_memory::{
-    MapError, MappedMemory, MemoryRegion, PhysicalAddress, PhysicalMemory, Volatility,
-};
+use secmon_memory::{MapError, MemoryRegion, PhysicalAddress, PhysicalMemory};
 
 use super::discovery::{self, Inspection, QemuProcess};
 use super::locate::{self, BlockRecord};
 use super::memory::{ForeignMemory, HostRegion, ProcessMemory};
 use super::process::{self, Mapping, ProcessHandle, ProcessId};
 use super::qmp::{DEFAULT_TIMEOUT, QmpClient, QmpError};
+use crate::SharedRam;
 use crate::layout::{Machine, MtreeError, RamLayout, block_layout, parse_mtree};
 
 /// A RAM block of this size or more that is not in the layout is worth a note.
@@ -774,7 +773,7 @@ impl Opening<'_> {
             let path = PathBuf::from(String::from_utf8_lossy(&mapping.path).into_owned());
             match open_mapped_file(pid, mapping) {
                 Ok(file) => {
-                    let memory = MappedMemory::map_file(&file, &layout, Volatility::Live)
+                    let memory = SharedRam::map(file, &layout)
                         .map_err(|source| QemuError::Map { pid, source })?;
                     return Ok((Arc::new(memory), Access::MappedFile(path)));
                 }
@@ -869,8 +868,8 @@ fn open_stated_file(
             });
         }
     };
-    let memory = MappedMemory::map_file(&file, layout.entries(), Volatility::Live)
-        .map_err(|source| QemuError::Map { pid, source })?;
+    let memory =
+        SharedRam::map(file, layout.entries()).map_err(|source| QemuError::Map { pid, source })?;
     let notes = vec![format!(
         "{} is the file that QEMU's command line names; that QEMU has this very file mapped could not be checked ({refused})",
         path.display()
