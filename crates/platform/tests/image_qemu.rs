@@ -4,12 +4,13 @@
 mod firmware_guest;
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use firmware_guest::{CR3, FirmwareGuest, KERNEL_GS_BASE, MIB, PAGE, none_missing};
+use firmware_guest::{
+    CR3, FirmwareGuest, KERNEL_GS_BASE, MIB, PAGE, none_missing, write_avml, write_lime,
+};
 use secmon_memory::{AddressSpace, PagingMode, PhysicalAddress, PhysicalReadError, VirtualAddress};
 use secmon_platform::image::{self, Image, ImageFormat, ImageNote, ImageOptions};
 use secmon_platform::layout::Machine;
@@ -101,35 +102,18 @@ fn kdump_equals_ram_flattened_or_not() {
     }
 }
 
-/// AVML's own way to write: 16 MiB at a time, none that holds only zeros.
-fn write_avml(guest: &FirmwareGuest, path: &Path) {
-    const BLOCK: u64 = 16 * MIB;
-    let mut file = File::create(path).expect("the image");
-    for (region, offset) in guest.ram.layout.entries() {
-        for start in (0..region.length).step_by(BLOCK as usize) {
-            let mut block = vec![0; BLOCK.min(region.length - start) as usize];
-            guest
-                .ram
-                .file
-                .read_exact_at(&mut block, offset + start)
-                .expect("the RAM");
-            if block.iter().all(|byte| *byte == 0) {
-                continue;
-            }
-            let mut encoder = snap::write::FrameEncoder::new(Vec::new());
-            encoder.write_all(&block).expect("into memory");
-            let stream = encoder.into_inner().expect("into memory");
-            let first = region.start.as_u64() + start;
-            let last = first + block.len() as u64 - 1;
-            file.write_all(b"AVML\x02\0\0\0").expect("the image");
-            for field in [first, last, 0] {
-                file.write_all(&field.to_le_bytes()).expect("the image");
-            }
-            file.write_all(&stream).expect("the image");
-            file.write_all(&(stream.len() as u64).to_le_bytes())
-                .expect("the image");
-        }
-    }
+#[test]
+fn lime_equals_ram() {
+    let guest = FirmwareGuest::start(Machine::Q35, 64 * MIB, 1);
+    let path = guest.directory.path().join("lime");
+    write_lime(&guest, &path);
+    let image = open(&path);
+    assert_eq!(
+        (image.format, &image.notes[..]),
+        (ImageFormat::Lime, &[][..])
+    );
+    let equal = guest.ram.compare(image.memory.as_ref(), none_missing);
+    assert_eq!(equal, 64 * MIB / PAGE as u64);
 }
 
 #[test]
@@ -271,7 +255,9 @@ fn a_cut_dump_says_what_is_missing_and_reads_the_rest() {
     let kdump = guest.dump("kdump", false, ",\"format\":\"kdump-zlib\"");
     let avml = guest.directory.path().join("avml");
     write_avml(&guest, &avml);
-    for path in [core, kdump, avml] {
+    let lime = guest.directory.path().join("lime");
+    write_lime(&guest, &lime);
+    for path in [core, kdump, avml, lime] {
         let file = OpenOptions::new()
             .write(true)
             .open(&path)

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::RangeInclusive;
 
 use super::bytes::ImageBytes;
 use super::{ImageError, ImageFormat, ImageNote};
@@ -17,8 +18,13 @@ pub(crate) const SIGNATURE: &[u8; 16] = b"makedumpfile\0\0\0\0";
 const HEADER_SIZE: u64 = 4096;
 /// Bytes of a part's header: its offset, its length.
 const PART_HEADER_SIZE: u64 = 16;
-/// The most parts: QEMU writes parts of 16 KiB, makedumpfile larger ones.
-const MAX_PARTS: usize = 1 << 20;
+/// The most parts: QEMU writes parts of 16 KiB, makedumpfile larger ones. A
+/// small file may have some small parts, a large one no more than one for each
+/// 2 KiB of it.
+const MAX_PARTS: RangeInclusive<u64> = 0x1_0000..=0x20_0000;
+const LEAST_PART: u64 = 2048;
+/// The most parts if some write over others, as makedumpfile's headers do.
+const MAX_OVERLAPPING_PARTS: usize = 1 << 18;
 
 /// A run of the unfolded file and where it is in the flattened one.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +77,7 @@ impl<B: ImageBytes> Flattened<B> {
                 advice: "unfold it with `makedumpfile -R`",
             });
         }
+        let limit = (inner.len() / LEAST_PART).clamp(*MAX_PARTS.start(), *MAX_PARTS.end());
         let mut parts = Vec::new();
         let mut position = HEADER_SIZE;
         let mut length = 0;
@@ -95,11 +102,8 @@ impl<B: ImageBytes> Flattened<B> {
             position += PART_HEADER_SIZE;
             let available = stated.min(inner.len().saturating_sub(position));
             if available > 0 {
-                if parts.len() == MAX_PARTS {
-                    return Err(ImageError::TooMany {
-                        what: "flattened parts; unfold it with `makedumpfile -R`",
-                        limit: MAX_PARTS as u64,
-                    });
+                if parts.len() as u64 == limit {
+                    return Err(too_many(limit));
                 }
                 parts.push(Part {
                     offset,
@@ -129,7 +133,7 @@ impl<B: ImageBytes> Flattened<B> {
         parts.shrink_to_fit();
         Ok(Self {
             inner,
-            parts: in_order(parts),
+            parts: in_order(parts)?,
             length,
             complete,
         })
@@ -138,7 +142,7 @@ impl<B: ImageBytes> Flattened<B> {
 
 /// Sorts the parts; what a later one writes over an earlier one counts, as it
 /// would in a file.
-fn in_order(parts: Vec<Part>) -> Vec<Part> {
+fn in_order(parts: Vec<Part>) -> Result<Vec<Part>, ImageError> {
     let mut sorted = parts;
     sorted.sort_by_key(|part| part.offset);
     let overlap = sorted.windows(2).any(|pair| match pair {
@@ -146,7 +150,10 @@ fn in_order(parts: Vec<Part>) -> Vec<Part> {
         _ => false,
     });
     if !overlap {
-        return sorted;
+        return Ok(sorted);
+    }
+    if sorted.len() > MAX_OVERLAPPING_PARTS {
+        return Err(too_many(MAX_OVERLAPPING_PARTS as u64));
     }
     sorted.sort_by_key(|part| part.position);
     let mut written: BTreeMap<u64, Part> = BTreeMap::new();
@@ -169,7 +176,14 @@ fn in_order(parts: Vec<Part>) -> Vec<Part> {
         }
         written.insert(part.offset, part);
     }
-    written.into_values().collect()
+    Ok(written.into_values().collect())
+}
+
+fn too_many(limit: u64) -> ImageError {
+    ImageError::TooMany {
+        what: "flattened parts; unfold it with `makedumpfile -R`",
+        limit,
+    }
 }
 
 /// Puts back what of `old` lies from `end` on.

@@ -20,8 +20,8 @@ use super::{Image, ImageError, ImageFormat, ImageNote, ImageOptions};
 pub(crate) const SIGNATURE: &[u8; 8] = b"KDUMP   ";
 /// Bytes that hold the header and the sub-header.
 pub const HEADER_SIZE: usize = 2 * PAGE_SIZE as usize;
-/// The most page frames: 64 TiB of guest physical addresses.
-const MAX_FRAMES: u64 = 1 << 34;
+/// The most page frames: 8 TiB of guest physical addresses.
+const MAX_FRAMES: u64 = 1 << 31;
 /// The most bytes of notes, and of VMCOREINFO, that are read.
 const MAX_NOTES_SIZE: u64 = 16 << 20;
 const MAX_VMCOREINFO_SIZE: u64 = 1 << 20;
@@ -366,7 +366,7 @@ mod tests {
     fn tells_word_sizes_apart_even_for_a_block_size_of_frames() {
         // 4096 frames: the 32-bit layout's block size could be read from the
         // 64-bit timestamp, the 64-bit layout's from the 32-bit frame count.
-        for frames in [1u32, 4096, 0x20000, 0xffff_ffff] {
+        for frames in [1u32, 4096, 0x20000, 0x8000_0000] {
             let mut bytes = header_64(frames);
             let parsed = KdumpHeader::parse(&bytes).expect("64-bit");
             assert_eq!(parsed.frames, u64::from(frames));

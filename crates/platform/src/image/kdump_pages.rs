@@ -18,6 +18,8 @@ use super::{ImageError, ImageFormat, ImageNote};
 /// Bytes of one chunk of a bitmap; it stands for 32,768 pages, 128 MiB.
 const CHUNK: usize = 4096;
 const CHUNK_FRAMES: u64 = 8 * CHUNK as u64;
+/// Bytes of a bitmap that are read at once.
+const BATCH: usize = 32 * CHUNK;
 /// The most chunks that are neither all ones nor all zeros: 16 MiB of them.
 const MAX_MIXED_CHUNKS: usize = 4096;
 /// Bytes of `page_desc`.
@@ -76,22 +78,30 @@ impl PageIndex {
         let mut chunks = Vec::new();
         let mut regions = Regions::default();
         let (mut pages, mut mixed) = (0, 0);
+        let (mut in_file_bytes, mut in_ram_bytes) = (vec![0; BATCH], vec![0; BATCH]);
         for number in 0..chunk_count {
             let start = number * CHUNK as u64;
-            let length = (needed - start).min(CHUNK as u64) as usize;
-            let mut in_file = Box::new([0; CHUNK]);
-            let mut in_ram = [0; CHUNK];
-            read_chunk(bytes, file_offset + start, &mut in_file, length)?;
-            read_chunk(bytes, ram_offset + start, &mut in_ram, length)?;
+            let inside = (start % BATCH as u64) as usize;
+            if inside == 0 {
+                let length = (needed - start).min(BATCH as u64) as usize;
+                read_bitmap(bytes, file_offset + start, &mut in_file_bytes, length)?;
+                read_bitmap(bytes, ram_offset + start, &mut in_ram_bytes, length)?;
+            }
+            let mut in_file = chunk_at(&in_file_bytes, inside);
+            let mut in_ram = chunk_at(&in_ram_bytes, inside);
             let first = number * CHUNK_FRAMES;
             let frames = (header.frames - first).min(CHUNK_FRAMES);
-            clear_from(in_file.as_mut_slice(), frames);
-            clear_from(&mut in_ram, frames);
-            for (ram, file) in in_ram.iter_mut().zip(in_file.iter()) {
-                *ram |= file;
+            if frames < CHUNK_FRAMES {
+                clear_from(&mut in_file, frames);
+                clear_from(&mut in_ram, frames);
+            }
+            let count = count_ones(&in_file);
+            if count > 0 {
+                for (ram, file) in in_ram.iter_mut().zip(&in_file) {
+                    *ram |= file;
+                }
             }
             regions.add(first, &in_ram)?;
-            let count = count_ones(in_file.as_slice());
             let bits = match count {
                 0 => Bits::Zeros,
                 CHUNK_FRAMES => Bits::Ones,
@@ -103,7 +113,7 @@ impl PageIndex {
                             limit: MAX_MIXED_CHUNKS as u64,
                         });
                     }
-                    Bits::Mixed(in_file)
+                    Bits::Mixed(Box::new(in_file))
                 }
             };
             chunks.push(Chunk {
@@ -147,16 +157,23 @@ impl PageIndex {
     }
 }
 
-fn read_chunk(
+/// Reads `length` bytes of a bitmap; the rest of `buffer` holds what it held.
+fn read_bitmap(
     bytes: &dyn ImageBytes,
     offset: u64,
-    chunk: &mut [u8; CHUNK],
+    buffer: &mut [u8],
     length: usize,
 ) -> Result<(), ImageError> {
-    match chunk.get_mut(..length) {
-        Some(chunk) => bytes.read(offset, chunk, "kdump bitmap"),
+    match buffer.get_mut(..length) {
+        Some(buffer) => bytes.read(offset, buffer, "kdump bitmap"),
         None => Ok(()),
     }
+}
+
+/// The chunk at `offset`.
+fn chunk_at(bytes: &[u8], offset: usize) -> [u8; CHUNK] {
+    let chunk = bytes.get(offset..).and_then(<[u8]>::first_chunk);
+    chunk.copied().unwrap_or([0; CHUNK])
 }
 
 /// Clears the bits from number `from` on: those past the last frame.
@@ -195,6 +212,11 @@ struct Regions {
 impl Regions {
     /// Adds the frames whose bits are set; the first bit is frame `first`.
     fn add(&mut self, first: u64, bits: &[u8; CHUNK]) -> Result<(), ImageError> {
+        match count_ones(bits) {
+            0 => return Ok(()),
+            CHUNK_FRAMES => return self.extend(first, CHUNK_FRAMES),
+            _ => {}
+        }
         for (index, byte) in bits.iter().enumerate() {
             let frame = first + index as u64 * 8;
             match byte {

@@ -202,11 +202,13 @@ fn open_bytes(
     options: &ImageOptions<'_>,
     notes: Vec<ImageNote>,
 ) -> Result<Image, ImageError> {
-    let format = match (recognise(first)?, options.format) {
-        (_, Some(ImageFormat::Raw)) | (None, None) => ImageFormat::Raw,
-        (Some(found), None) => found,
-        (Some(found), Some(asked)) if found == asked => found,
-        (_, Some(asked)) => return Err(ImageError::OtherFormat { asked }),
+    let format = match options.format {
+        Some(ImageFormat::Raw) => ImageFormat::Raw,
+        asked => match (recognise(first)?, asked) {
+            (found, None) => found.unwrap_or(ImageFormat::Raw),
+            (Some(found), Some(asked)) if found == asked => found,
+            (_, Some(asked)) => return Err(ImageError::OtherFormat { asked }),
+        },
     };
     match format {
         ImageFormat::Raw => raw::open(file, options, notes),

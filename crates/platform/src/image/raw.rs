@@ -112,6 +112,12 @@ fn infer(
     layouts: Vec<RamLayout>,
 ) -> Result<(Arc<dyn PhysicalMemory>, Option<ImageNote>), ImageError> {
     let choice = layouts.len() > 1;
+    let low_memory_end = if choice {
+        low_memory_end(file.as_ref())
+    } else {
+        None
+    };
+    let has_hole = low_memory_end.is_some_and(|end| has_hole(file.as_ref(), end));
     let mut best: Option<(u64, &'static str, Arc<dyn PhysicalMemory>, RamLayout)> = None;
     for layout in layouts {
         let memory = memory_of(file, &pieces(&layout), Vec::new(), options.volatility)?;
@@ -119,9 +125,12 @@ fn infer(
             return Ok((memory, None));
         }
         let asked = options.validate.map_or(0, |validate| validate(&memory));
+        let fits_firmware = low_memory_end.is_some_and(|end| end == low_end(&layout));
         let (score, evidence) = if asked > 0 {
-            (asked.saturating_add(1), "the guest's own structures fit it")
-        } else if acpi_fits(memory.as_ref(), low_end(&layout)) {
+            (asked.saturating_add(3), "the guest's own structures fit it")
+        } else if has_hole && layout.entries().len() == 1 {
+            (2, "the firmware's ACPI tables end below an empty hole")
+        } else if fits_firmware {
             (
                 1,
                 "the firmware's ACPI tables end where its low memory ends",
@@ -153,18 +162,15 @@ fn infer(
     }
 }
 
-/// Whether the ACPI root table lies in the last MiB below `low_end`, where
-/// SeaBIOS puts it, and is there under this layout. The root pointer is
-/// searched where BIOSes leave it (ACPI specification, section 5.2.5.1).
-fn acpi_fits(memory: &dyn PhysicalMemory, low_end: u64) -> bool {
+/// Where the RAM below 4 GiB ends: SeaBIOS puts the ACPI tables into its last
+/// MiB, and RAM is a whole number of MiB. The root pointer is searched where
+/// BIOSes leave it (ACPI specification, section 5.2.5.1); up to the lowest
+/// split, file offsets are physical addresses in every layout.
+fn low_memory_end(file: &dyn ImageBytes) -> Option<u64> {
+    const MIB: u64 = 1 << 20;
     for address in (0xe_0000..0x10_0000).step_by(16) {
         let mut pointer = [0; 20];
-        if memory
-            .read(PhysicalAddress::new(address), &mut pointer)
-            .is_err()
-        {
-            return false;
-        }
+        file.read(address, &mut pointer, "ACPI root pointer").ok()?;
         let sum = pointer
             .iter()
             .fold(0u8, |sum, byte| sum.wrapping_add(*byte));
@@ -174,14 +180,46 @@ fn acpi_fits(memory: &dyn PhysicalMemory, low_end: u64) -> bool {
         let [.., a, b, c, d] = pointer;
         let table = u64::from(u32::from_le_bytes([a, b, c, d]));
         let mut signature = [0; 4];
-        return table < low_end
-            && low_end - table <= 1 << 20
-            && memory
-                .read(PhysicalAddress::new(table), &mut signature)
-                .is_ok()
-            && &signature == b"RSDT";
+        file.read(table, &mut signature, "ACPI root table").ok()?;
+        return (&signature == b"RSDT").then(|| (table + 1).next_multiple_of(MIB));
     }
-    false
+    None
+}
+
+/// Whether the file has nothing from `start`, the end of low RAM, up to where
+/// a PC's own devices are, but something behind that: then its offsets are
+/// physical addresses and it includes the hole.
+fn has_hole(file: &dyn ImageBytes, start: u64) -> bool {
+    const DEVICES: u64 = 0xfec0_0000;
+    const FOUR_GIB: u64 = 1 << 32;
+    file.len() >= FOUR_GIB
+        && start < DEVICES
+        && is_empty(file, start, DEVICES)
+        && !is_empty(file, DEVICES, file.len())
+}
+
+/// Whether there are only zeros from `start` to `end`: for certain where the
+/// file is sparse there, else by samples.
+fn is_empty(file: &dyn ImageBytes, start: u64, end: u64) -> bool {
+    const SAMPLES: u64 = 512;
+    if let Some(sparse) = file.as_file() {
+        match rustix::fs::seek(sparse, rustix::fs::SeekFrom::Data(start)) {
+            Ok(data) if data >= end => return true,
+            Err(rustix::io::Errno::NXIO) => return true,
+            _ => {}
+        }
+    }
+    let step = ((end - start) / SAMPLES).next_multiple_of(PAGE_SIZE);
+    let mut page = [0; PAGE_SIZE as usize];
+    // The last page as well: a ROM ends there.
+    let last = (end - PAGE_SIZE).max(start);
+    (start..end)
+        .step_by(usize::try_from(step.max(PAGE_SIZE)).unwrap_or(usize::MAX))
+        .chain([last])
+        .filter(|offset| offset + PAGE_SIZE <= end)
+        .all(|offset| {
+            file.read(offset, &mut page, "sample").is_ok() && page.iter().all(|byte| *byte == 0)
+        })
 }
 
 #[cfg(test)]

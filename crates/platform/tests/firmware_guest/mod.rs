@@ -220,6 +220,64 @@ impl Ram {
     }
 }
 
+/// AVML's own way to write: 16 MiB at a time, none that holds only zeros.
+pub fn write_avml(guest: &FirmwareGuest, path: &Path) {
+    const BLOCK: u64 = 16 * MIB;
+    let mut file = File::create(path).expect("the image");
+    for (region, offset) in guest.ram.layout.entries() {
+        for start in (0..region.length).step_by(BLOCK as usize) {
+            let mut block = vec![0; BLOCK.min(region.length - start) as usize];
+            guest
+                .ram
+                .file
+                .read_exact_at(&mut block, offset + start)
+                .expect("the RAM");
+            if block.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let mut encoder = snap::write::FrameEncoder::new(Vec::new());
+            encoder.write_all(&block).expect("into memory");
+            let stream = encoder.into_inner().expect("into memory");
+            let first = region.start.as_u64() + start;
+            let last = first + block.len() as u64 - 1;
+            file.write_all(b"AVML\x02\0\0\0").expect("the image");
+            for field in [first, last, 0] {
+                file.write_all(&field.to_le_bytes()).expect("the image");
+            }
+            file.write_all(&stream).expect("the image");
+            file.write_all(&(stream.len() as u64).to_le_bytes())
+                .expect("the image");
+        }
+    }
+}
+
+/// LiME's own way to write: each region of `System RAM`, low memory in two.
+pub fn write_lime(guest: &FirmwareGuest, path: &Path) {
+    let mut file = File::create(path).expect("the image");
+    let mut write = |start: u64, length: u64, offset: u64| {
+        file.write_all(b"EMiL\x01\0\0\0").expect("the image");
+        for field in [start, start + length - 1, 0] {
+            file.write_all(&field.to_le_bytes()).expect("the image");
+        }
+        let mut bytes = vec![0; length as usize];
+        guest
+            .ram
+            .file
+            .read_exact_at(&mut bytes, offset)
+            .expect("the RAM");
+        file.write_all(&bytes).expect("the image");
+    };
+    for (region, offset) in guest.ram.layout.entries() {
+        let first = region.length.min(MIB);
+        write(region.start.as_u64(), first, *offset);
+        write(
+            region.start.as_u64() + first,
+            region.length - first,
+            offset + first,
+        );
+    }
+}
+
 /// No page may be missing.
 pub fn none_missing(_: u64, _: &PhysicalReadError) -> bool {
     false
