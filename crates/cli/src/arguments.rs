@@ -124,6 +124,28 @@ pub struct Common {
     )]
     pub pause_limit: u64,
 
+    /// Look through all of memory for what contradicts the kernel that was found
+    ///
+    /// Memory can be made to mislead: a second banner, forged symbols, types or
+    /// crash notes. What is used is always checked against the page tables;
+    /// with this all rivals are looked for and told, in about a second for each
+    /// GiB.
+    #[arg(long, global = true, help_heading = "Target")]
+    pub thorough: bool,
+
+    /// Of a live target, memory read up to this long ago may be used again
+    ///
+    /// Faster where the memory is not shared but read out of the QEMU process.
+    /// What changes meanwhile is noticed less. Without this every read is a
+    /// new one; a paused guest's memory is read once.
+    #[arg(
+        long,
+        value_name = "MILLISECONDS",
+        global = true,
+        help_heading = "Target"
+    )]
+    pub max_age: Option<u64>,
+
     /// How rows are written
     #[arg(
         short,

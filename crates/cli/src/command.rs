@@ -80,13 +80,12 @@ Environment:
   SECMON_CACHE_DIR  where kernel profiles are kept (else secmon/profiles in $XDG_CACHE_HOME or ~/.cache)
   NO_COLOR          no colours, if it is set to anything";
 
-/// What a table is called on the command line: the shortest of its names.
-fn short_name(table: &dyn Table) -> &'static str {
-    let names = table.aliases().iter().copied();
-    names
-        .chain([table.name()])
-        .min_by_key(|name| name.len())
-        .unwrap_or(table.name())
+/// The name by which the help lists a table: its own, but for the two that
+/// every user knows by a shorter one.
+fn listed_name(table: &dyn Table) -> &'static str {
+    let known = ["ps", "pstree"];
+    let alias = table.aliases().iter().find(|alias| known.contains(alias));
+    alias.copied().unwrap_or(table.name())
 }
 
 /// The list of commands by subject.
@@ -129,22 +128,30 @@ fn command_list(built_in: &Command, tables: &[&'static dyn Table]) -> String {
     format!("{}\n\nCommands:\n{text}", section.trim_end())
 }
 
-/// A table's line in the list: its short name, its meaning up to the first
-/// full stop, and its full name where that is another.
+/// A table's line in the list, with its other names.
 fn table_line(table: &dyn Table) -> String {
-    let name = short_name(table);
-    let meaning = first_sentence(table.meaning());
-    let full = if name == table.name() {
-        String::new()
-    } else {
-        format!(" ({})", table.name())
-    };
-    format!("  {name:<13} {meaning}{full}\n")
+    let name = listed_name(table);
+    let others: Vec<&str> = std::iter::once(table.name())
+        .chain(table.aliases().iter().copied())
+        .filter(|other| *other != name)
+        .collect();
+    let brief = brief(table.meaning());
+    if others.is_empty() {
+        return format!("  {name:<13} {brief}\n");
+    }
+    format!("  {name:<13} {brief} ({})\n", others.join(", "))
 }
 
-fn first_sentence(text: &str) -> &str {
-    let end = text.find(". ").unwrap_or(text.len());
-    text[..end].trim_end_matches('.')
+/// The start of a table's meaning, where it can be cut.
+fn brief(text: &str) -> &str {
+    const LONG: usize = 60;
+    let before = |text, end| str::split_once(text, end).map_or(text, |(before, _)| before);
+    let sentence = before(before(text, ". "), ": ").trim_end_matches('.');
+    if sentence.len() > LONG {
+        before(sentence, ", ")
+    } else {
+        sentence
+    }
 }
 
 /// The columns of a table for the end of its help.
@@ -227,7 +234,7 @@ pub fn command() -> Command {
             command.subcommand(
                 Command::new(table.name())
                     .visible_aliases(table.aliases())
-                    .about(first_sentence(table.meaning()))
+                    .about(brief(table.meaning()))
                     .defer(complete_table_command),
             )
         })

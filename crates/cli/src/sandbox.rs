@@ -352,8 +352,9 @@ mod tests {
             let folder = tempfile::tempdir().expect("a folder");
             return in_child("another_process_can_still_be_read", folder.path());
         }
-        let mut other = Command::new("/bin/sleep")
-            .arg("60")
+        // It ends with its input: the sandbox lets nobody kill it.
+        let mut other = Command::new("/bin/cat")
+            .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -390,7 +391,7 @@ mod tests {
         // only looked up in the other process.
         let count = unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) };
         let error = std::io::Error::last_os_error();
-        let _ = other.kill();
+        drop(other.stdin.take());
         let _ = other.wait();
         assert_eq!(count, 4, "{error}");
         assert_eq!(&byte, b"\x7fELF");

@@ -12,11 +12,11 @@ use anyhow::{Context, Result, anyhow, bail};
 use secmon_guest::Guest;
 use secmon_guest::linux::task;
 use secmon_guest::linux::user::UserMemory;
-use secmon_memory::PhysicalMemory;
+use secmon_memory::{CachedMemory, Freshness, PhysicalMemory, Volatility};
 use secmon_platform::layout::{Machine, RamLayout};
 use secmon_platform::qemu::{Access, Pause, PauseError};
 use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
-use secmon_profile::{Cache, FindOptions};
+use secmon_profile::{Cache, FindOptions, Search};
 
 use crate::arguments::Common;
 use crate::command::RESUME_WATCH;
@@ -32,13 +32,14 @@ const NO_TARGET: &str = "name one with -t or SECMON_TARGET, for example -t file:
 /// An open target, paused if that was asked for.
 pub struct Source {
     target: OpenedTarget,
+    memory: Arc<dyn PhysicalMemory>,
     pause: Option<Pause>,
 }
 
 impl Source {
     /// The target's memory.
     pub fn memory(&self) -> &Arc<dyn PhysicalMemory> {
-        &self.target.memory
+        &self.memory
     }
 
     /// The kernel's VMCOREINFO text, where the target itself has it.
@@ -129,9 +130,28 @@ impl<'a> Session<'a> {
         let pause = self.pause(&opened)?;
         self.confine_for_opening(&opened);
         Ok(Source {
+            memory: self.cached(&opened.memory, pause.is_some()),
             target: opened,
             pause,
         })
+    }
+
+    /// Memory with a cache in front, where one is allowed and worth it.
+    fn cached(&self, memory: &Arc<dyn PhysicalMemory>, paused: bool) -> Arc<dyn PhysicalMemory> {
+        let freshness = match self.common.max_age {
+            _ if paused => Freshness::SinceClear,
+            Some(age) => Freshness::MaxAge(Duration::from_millis(age)),
+            None => return memory.clone(),
+        };
+        if memory.mapped().is_some() || memory.volatility() == Volatility::Static {
+            return memory.clone();
+        }
+        let capacity = CachedMemory::DEFAULT_CAPACITY;
+        Arc::new(CachedMemory::with_freshness(
+            memory.clone(),
+            capacity,
+            freshness,
+        ))
     }
 
     fn pause(&self, target: &OpenedTarget) -> Result<Option<Pause>> {
@@ -211,7 +231,11 @@ impl<'a> Session<'a> {
             },
             isf: self.common.isf.clone(),
             root_hints: source.target.hints.page_table_roots.clone(),
-            ..FindOptions::default()
+            search: if self.common.thorough {
+                Search::Thorough
+            } else {
+                Search::Quick
+            },
         };
         let kernel = secmon_profile::find(source.memory(), &options)?;
         let elapsed = started.elapsed();

@@ -309,3 +309,70 @@ fn man_pages_are_written() {
         &["not a folder"],
     );
 }
+
+#[test]
+fn an_image_that_shrinks_is_an_error() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = file(folder.path(), "image", &vec![1; 16 << 20]);
+    let mut child = secmon(&["-t", &image, "read", "phys:0", "--raw", "--length", "16M"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("secmon runs");
+    // It now waits for its reader, long before the end of the image.
+    let mut pipe = child.stdout.take().expect("piped");
+    pipe.read_exact(&mut [0; 1]).expect("something comes");
+    std::fs::File::create(folder.path().join("image")).expect("cut to nothing");
+    let mut rest = Vec::new();
+    pipe.read_to_end(&mut rest).expect("what was read before");
+    assert!(rest.len() < 16 << 20);
+    let output = child.wait_with_output().expect("it ends");
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("became shorter while it was read"), "{said}");
+}
+
+#[test]
+fn a_full_disk_is_an_error() {
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .expect("Linux has it");
+    let output = secmon(&["tables"])
+        .stdout(full)
+        .output()
+        .expect("secmon runs");
+    assert_error(&output, &["No space left"]);
+}
+
+#[test]
+fn dumps_hold_the_memory_and_are_confined_to_their_folder() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut content = vec![0; 4 << 20];
+    content[0x12345..0x12350].copy_from_slice(b"some memory");
+    let image = file(folder.path(), "image", &content);
+    let outputs = folder.path().join("dumps");
+    std::fs::create_dir(&outputs).expect("a folder");
+    for kind in ["raw", "lime", "elf"] {
+        let path = outputs.join(kind);
+        let path = path.to_str().expect("UTF-8");
+        let written = run(&["-t", &image, "dump", path, "--as", kind, "--format", "json"]);
+        assert!(written.status.success(), "{}", stderr(&written));
+        let rows: serde_json::Value = serde_json::from_slice(&written.stdout).expect("JSON");
+        assert_eq!(rows[0]["unreadable"], 0);
+        let sum = Command::new("sha256sum")
+            .arg(path)
+            .output()
+            .expect("sha256sum runs");
+        assert!(stdout(&sum).starts_with(rows[0]["sha256"].as_str().expect("a sum")));
+        let dump = format!("file:{path}");
+        let back = run(&["-t", &dump, "read", "phys:0x12345", "-l", "11", "--raw"]);
+        assert_eq!(back.stdout, b"some memory", "{kind}: {}", stderr(&back));
+        let again = run(&["-t", &image, "dump", path, "--as", kind]);
+        assert_error(&again, &["exists"]);
+    }
+    assert_error(
+        &run(&["-t", &image, "dump", "/nonexistent/x/dump"]),
+        &["/nonexistent/x"],
+    );
+}
