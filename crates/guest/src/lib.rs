@@ -41,6 +41,7 @@ pub fn tables() -> &'static [&'static dyn Table] {
         &linux::module::MODULES,
         &linux::net::INTERFACES,
         &linux::net::SOCKETS,
+        &linux::bpf::BPF,
         &linux::symbols::SYMBOLS,
         &linux::types::TYPES,
     ];

@@ -2,6 +2,7 @@
 //! kernels describe them. One file a subject; which members there are is said
 //! by each guest's own types.
 
+pub mod bpf;
 pub mod cgroup;
 pub mod clock;
 pub mod command_name;
@@ -23,6 +24,7 @@ pub mod mounts;
 pub mod namespace;
 pub mod namespaces;
 pub mod net;
+pub mod owner;
 pub mod path;
 pub mod per_cpu;
 pub mod process;

@@ -5,7 +5,6 @@ pub mod detail;
 pub mod device;
 mod interfaces;
 pub mod namespace;
-pub mod owner;
 pub mod sock;
 pub mod socket;
 mod sockets;

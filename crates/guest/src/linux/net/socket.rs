@@ -9,7 +9,6 @@ use secmon_memory::{VirtualAddress, Volatility};
 
 use super::device::devices;
 use super::namespace::{NetworkNamespace, namespaces};
-use super::owner::{Owner, Owners};
 use super::sock::{
     AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, AF_VSOCK, Form, Sock, SockError, SockModel,
     SocketLayout, inode_of,
@@ -17,6 +16,7 @@ use super::sock::{
 use super::tables::{Source, Tables};
 use super::vsock::Vsock;
 use crate::linux::list::is_object_address;
+use crate::linux::owner::{Owner, Owners};
 use crate::{Diagnostic, Guest, TableError, Text};
 
 /// What all sockets of one listing share.
@@ -32,7 +32,7 @@ pub struct Context {
 impl Context {
     fn read(guest: &Guest, table: &'static str) -> Result<Self, TableError> {
         let namespaces = namespaces(guest, table)?;
-        let owners = Owners::read(guest, table).unwrap_or_else(|error| {
+        let owners = Owners::read(guest, table, "socket_file_ops", &[]).unwrap_or_else(|error| {
             guest.diagnostics().record(Diagnostic {
                 table,
                 subject: "files_struct".to_owned(),
@@ -192,7 +192,7 @@ pub fn sockets(
         }
     }
     let layout = guest.layout::<SocketLayout>(table)?;
-    for socket in context.owners.sockets() {
+    for socket in context.owners.objects() {
         if lister.flow.is_break() {
             break;
         }

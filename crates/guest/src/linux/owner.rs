@@ -1,6 +1,7 @@
-//! Which processes hold which sockets: through their file descriptors
-//! (`files_struct`, `include/linux/fdtable.h`; `struct file`,
-//! `include/linux/fs.h`).
+//! Which processes hold which objects of one kind, sockets or BPF programs
+//! say: through their file descriptors (`files_struct`,
+//! `include/linux/fdtable.h`; `struct file`, `include/linux/fs.h`). The kind
+//! is told by the file's operations, the object by its private data.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -42,7 +43,7 @@ layout! {
     }
 }
 
-/// A process that has a socket open.
+/// A process that has an object open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// The process.
@@ -55,28 +56,38 @@ pub struct Owner {
     pub file: VirtualAddress,
 }
 
-/// All sockets behind file descriptors, with who holds them.
+/// All objects of a kind behind file descriptors, with who holds them.
 #[derive(Debug, Default)]
 pub struct Owners {
-    by_socket: HashMap<VirtualAddress, Vec<Owner>>,
+    by_object: HashMap<VirtualAddress, Vec<Owner>>,
     /// In the order in which they were met.
     order: Vec<VirtualAddress>,
 }
 
 impl Owners {
-    /// Looks through the descriptors of all processes.
+    /// Looks through the descriptors of all processes for files that have one
+    /// of these operations; of several names of operations a kernel need not
+    /// have all, but the first.
     ///
     /// # Errors
     /// [`TableError`] if the list of processes can't be found, or types lack
     /// a member.
-    pub fn read(guest: &Guest, table: &'static str) -> Result<Self, TableError> {
+    pub fn read(
+        guest: &Guest,
+        table: &'static str,
+        first: &'static str,
+        others: &[&str],
+    ) -> Result<Self, TableError> {
+        let mut operations = vec![guest.symbol(table, first)?];
+        let others = others.iter();
+        operations.extend(others.filter_map(|name| guest.symbols().address(name)));
         let reader = Reader {
             guest,
             table,
             files: guest.layout::<FilesLayout>(table)?,
             descriptors: guest.layout::<DescriptorTableLayout>(table)?,
             file: guest.layout::<FileLayout>(table)?,
-            operations: guest.symbol(table, "socket_file_ops")?,
+            operations,
         };
         let mut owners = Self::default();
         for leader in leaders(guest, table)? {
@@ -93,20 +104,20 @@ impl Owners {
         Ok(owners)
     }
 
-    /// Who holds the `struct socket` at `socket`.
-    pub fn of(&self, socket: VirtualAddress) -> &[Owner] {
-        self.by_socket.get(&socket).map_or(&[], Vec::as_slice)
+    /// Who holds the object at `object`.
+    pub fn of(&self, object: VirtualAddress) -> &[Owner] {
+        self.by_object.get(&object).map_or(&[], Vec::as_slice)
     }
 
-    /// All sockets that are held, each once.
-    pub fn sockets(&self) -> impl Iterator<Item = VirtualAddress> + '_ {
+    /// All objects that are held, each once.
+    pub fn objects(&self) -> impl Iterator<Item = VirtualAddress> + '_ {
         self.order.iter().copied()
     }
 
-    fn add(&mut self, socket: VirtualAddress, owner: Owner) {
-        let owners = self.by_socket.entry(socket).or_default();
+    fn add(&mut self, object: VirtualAddress, owner: Owner) {
+        let owners = self.by_object.entry(object).or_default();
         if owners.is_empty() {
-            self.order.push(socket);
+            self.order.push(object);
         }
         owners.push(owner);
     }
@@ -118,7 +129,7 @@ struct Reader<'g> {
     files: Arc<FilesLayout>,
     descriptors: Arc<DescriptorTableLayout>,
     file: Arc<FileLayout>,
-    operations: VirtualAddress,
+    operations: Vec<VirtualAddress>,
 }
 
 impl Reader<'_> {
@@ -136,9 +147,9 @@ impl Reader<'_> {
         }
         let comm: Arc<[u8]> = leader.comm().into();
         let outcome = self.descriptors(task.files, &mut |fd, file| {
-            if let Some(socket) = self.socket(file) {
+            if let Some(object) = self.object(file) {
                 owners.add(
-                    socket,
+                    object,
                     Owner {
                         pid: leader.tgid,
                         comm: comm.clone(),
@@ -155,7 +166,7 @@ impl Reader<'_> {
                     table: self.table,
                     subject: format!("pid {} files_struct", leader.tgid),
                     address: Some(task.files),
-                    reason: format!("its sockets are without their owner: {error}"),
+                    reason: format!("what it holds is without its owner: {error}"),
                 });
             } else {
                 self.guest.diagnostics().count_torn_read();
@@ -207,16 +218,16 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// The `struct socket` of an open file, if it is one's.
-    fn socket(&self, file: VirtualAddress) -> Option<VirtualAddress> {
+    /// The object behind an open file, if it is of the kind.
+    fn object(&self, file: VirtualAddress) -> Option<VirtualAddress> {
         if !is_object_address(self.guest.space(), file) {
             return None;
         }
         let operations = self.guest.pointer(file, &self.file.operations).ok()?;
-        if operations != self.operations {
+        if !self.operations.contains(&operations) {
             return None;
         }
-        let socket = self.guest.pointer(file, &self.file.private_data).ok()?;
-        is_object_address(self.guest.space(), socket).then_some(socket)
+        let object = self.guest.pointer(file, &self.file.private_data).ok()?;
+        is_object_address(self.guest.space(), object).then_some(object)
     }
 }
