@@ -108,7 +108,7 @@ fn read_all_over(memory: &dyn PhysicalMemory, noise: &mut Noise) {
 }
 
 /// A dump in each format, with where its structures are.
-fn dumps(guest: &mut FirmwareGuest) -> Vec<(PathBuf, Vec<Range<u64>>)> {
+fn dumps(guest: &mut FirmwareGuest) -> [(PathBuf, &'static [Range<u64>]); 6] {
     let elf = guest.dump("elf", false, "");
     let paging = guest.dump("paging", true, "");
     let flattened = guest.dump("flattened", false, ",\"format\":\"kdump-zlib\"");
@@ -125,23 +125,23 @@ fn dumps(guest: &mut FirmwareGuest) -> Vec<(PathBuf, Vec<Range<u64>>)> {
     let (avml, lime) = (path("avml"), path("lime"));
     write_avml(guest, &avml);
     write_lime(guest, &lime);
-    vec![
+    [
         // Headers, notes.
-        (elf, vec![0..0x1c0, 0x300..0x340]),
-        (paging, vec![0..0x400]),
+        (elf, &[0..0x1c0, 0x300..0x340]),
+        (paging, &[0..0x40, 0x40..0x400]),
         // Behind the flattened header: the header's end, the sub-header's part,
         // the start of the notes, of the bitmap.
         (
             flattened,
-            vec![0..0x20, 0x1000..0x1018, 0x1198..0x1260, 0x1260..0x1300],
+            &[0..0x20, 0x1000..0x1018, 0x1198..0x1260, 0x1260..0x1300],
         ),
         // Header, sub-header, first descriptors.
         (
             unfolded,
-            vec![0..0x10, 0x190..0x1d0, 0x1000..0x1070, 0x5000..0x5040],
+            &[0..0x10, 0x190..0x1d0, 0x1000..0x1070, 0x5000..0x5040],
         ),
-        (avml, vec![0..0x60]),
-        (lime, vec![0..0x40]),
+        (avml, &[0..0x20, 0x20..0x60]),
+        (lime, &[0..0x20, 0x20..0x40]),
     ]
 }
 

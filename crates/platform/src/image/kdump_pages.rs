@@ -2,7 +2,7 @@
 //! memory made of them.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use secmon_memory::{
     MemoryRegion, PAGE_SIZE, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility,
@@ -296,6 +296,8 @@ pub(crate) struct KdumpMemory {
     split_before: u64,
     regions: Vec<MemoryRegion>,
     cache: PageCache,
+    /// A descriptor whose page is zeros: writers let all zero pages share one.
+    zeros: OnceLock<Descriptor>,
 }
 
 impl fmt::Debug for KdumpMemory {
@@ -323,6 +325,7 @@ impl KdumpMemory {
             split_before,
             regions,
             cache: PageCache::new(cache_size / PAGE_SIZE as usize),
+            zeros: OnceLock::new(),
         }
     }
 
@@ -403,6 +406,9 @@ impl KdumpMemory {
         };
         let number = rank.saturating_sub(self.split_before);
         let descriptor = self.descriptor(number).map_err(failed)?;
+        if self.zeros.get() == Some(&descriptor) {
+            return Ok(Cached::Zeros);
+        }
         if descriptor.offset == 0 {
             return Err(excluded("its writer did not come to it"));
         }
@@ -423,7 +429,12 @@ impl KdumpMemory {
             .map_err(failed)?;
         let mut page = vec![0; PAGE_SIZE as usize].into_boxed_slice();
         decompress(compression, compressed, &mut page).map_err(corrupt)?;
-        Ok(Cached::new(page))
+        let page = Cached::new(page);
+        if matches!(page, Cached::Zeros) {
+            // The first one found stays.
+            let _ = self.zeros.set(descriptor);
+        }
+        Ok(page)
     }
 }
 
