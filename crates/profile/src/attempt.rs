@@ -9,6 +9,7 @@ use secmon_memory::{AddressSpace, PagingMode, PhysicalAddress, PhysicalMemory, V
 use crate::cache::{Folder, Stored};
 use crate::crosscheck::{differences, without_number};
 use crate::image::{Image, MAXIMUM_MATCHES};
+use crate::kernel::note;
 use crate::locate::{self, BANNER_START, DIGITS, Location};
 use crate::notes::{MAXIMUM_VMCOREINFO, build_ids};
 use crate::tables::{self, Candidate};
@@ -268,12 +269,13 @@ impl<'a> Attempt<'a> {
     }
 
     fn conflict(&mut self, what: Subject, chosen: String, other: String, why: &str) {
-        self.conflicts.push(Conflict {
+        let conflict = Conflict {
             what,
             chosen,
             other,
             why: why.to_owned(),
-        });
+        };
+        note(&mut self.conflicts, conflict);
     }
 
     fn symbols(
@@ -324,11 +326,9 @@ impl<'a> Attempt<'a> {
         let Some(own) = own.or(first).or(seen.first().copied()) else {
             return String::new();
         };
+        let image = self.image;
         let text = |offset| {
-            let bytes = self
-                .image
-                .string(offset, MAXIMUM_BANNER)
-                .unwrap_or_default();
+            let bytes = image.string(offset, MAXIMUM_BANNER).unwrap_or_default();
             let text = String::from_utf8_lossy(&bytes).into_owned();
             text.lines().next().unwrap_or_default().to_owned()
         };
@@ -342,12 +342,10 @@ impl<'a> Attempt<'a> {
             if !says_a_version || other.starts_with(&banner) || other == without_number(&banner) {
                 continue;
             }
-            self.conflicts.push(Conflict {
-                what: Subject::Banner,
-                chosen: format!("{banner:?} at {}", self.image.address(own)),
-                other: format!("{other:?} at {}", self.image.address(*offset)),
-                why: "the symbol linux_banner leads there".to_owned(),
-            });
+            let chosen = format!("{banner:?} at {}", self.image.address(own));
+            let other = format!("{other:?} at {}", self.image.address(*offset));
+            let why = "the symbol linux_banner leads there";
+            self.conflict(Subject::Banner, chosen, other, why);
         }
         banner
     }

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
 
 use crate::attempt::Attempt;
+use crate::kernel::note;
 use crate::rivals;
 use crate::tables::{self, Candidate};
 use crate::{Conflict, Isf, IsfError, Kernel, Subject, TablesFrom};
@@ -159,12 +160,13 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
             _ if complete.contains(&candidate.shared) => "more roots lead there".to_owned(),
             _ => "the other image holds no symbol table that fits".to_owned(),
         };
-        kernel.conflicts.push(Conflict {
+        let conflict = Conflict {
             what: Subject::PageTables,
             chosen: describe(&chosen, true),
             other: describe(candidate, complete.contains(&candidate.shared)),
             why,
-        });
+        };
+        note(&mut kernel.conflicts, conflict);
     }
     if options.search == Search::Thorough {
         rivals::search_all(memory, &mut kernel);

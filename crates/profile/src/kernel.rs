@@ -93,6 +93,27 @@ pub struct Conflict {
     pub why: String,
 }
 
+/// Conflicts about one subject that are listed: a guest can plant any number.
+const MAXIMUM_CONFLICTS: usize = 16;
+
+/// Appends `conflict`, unless as many about the same are listed already; the
+/// last one listed says so.
+pub(crate) fn note(conflicts: &mut Vec<Conflict>, mut conflict: Conflict) {
+    let known = conflicts
+        .iter()
+        .filter(|known| known.what == conflict.what)
+        .count();
+    if known >= MAXIMUM_CONFLICTS {
+        return;
+    }
+    if known == MAXIMUM_CONFLICTS - 1 {
+        conflict
+            .other
+            .push_str(" (and maybe more that are not listed)");
+    }
+    conflicts.push(conflict);
+}
+
 /// What a [`Conflict`] is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Subject {

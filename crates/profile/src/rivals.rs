@@ -13,14 +13,13 @@ use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
 use crate::attempt::{BTF_START, MAXIMUM_BANNER, btf_range};
 use crate::crosscheck::differences;
 use crate::image::Image;
+use crate::kernel::note;
 use crate::locate::{self, BANNER_START, DIGITS};
 use crate::notes::MAXIMUM_VMCOREINFO;
 use crate::{Conflict, Kernel, KernelImage, Subject, Types, VmcoreInfo};
 
 /// How VMCOREINFO starts.
 const VMCOREINFO_START: &[u8] = b"OSRELEASE=";
-/// The pages a guest may fill with rivals are many; what is listed is not.
-const MAXIMUM_RIVALS: usize = 64;
 
 /// Appends to the kernel's conflicts what is found outside of its image.
 pub(crate) fn search_all(memory: &Arc<dyn PhysicalMemory>, kernel: &mut Kernel) {
@@ -56,8 +55,8 @@ pub(crate) fn search_all(memory: &Arc<dyn PhysicalMemory>, kernel: &mut Kernel) 
                 && conflict.what == Subject::Banner
                 && text(&conflict.other) == text(&rival.other)
         });
-        if !known && kernel.conflicts.len() < MAXIMUM_RIVALS {
-            kernel.conflicts.push(rival);
+        if !known {
+            note(&mut kernel.conflicts, rival);
         }
     }
 }
