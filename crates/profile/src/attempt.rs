@@ -15,7 +15,7 @@ use crate::notes::{MAXIMUM_VMCOREINFO, build_ids};
 use crate::tables::{self, Candidate};
 use crate::types::{HEADER_LENGTH, Header};
 use crate::{
-    BtfError, BuildId, CacheOutcome, Conflict, Evidence, FindError, FindOptions, Isf, Kernel,
+    BtfError, BuildId, CacheOutcome, Conflict, Evidence, FindOptions, Isf, IsfError, Kernel,
     MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, Search, Subject, Symbols, Types,
     VmcoreInfo,
 };
@@ -24,6 +24,8 @@ use crate::{
 pub(crate) const BTF_START: &[u8] = &[0x9f, 0xeb, 1, 0, HEADER_LENGTH as u8, 0, 0, 0];
 /// More than any banner.
 pub(crate) const MAXIMUM_BANNER: usize = 512;
+/// Token tables in one image that are looked at. A kernel has one.
+pub(crate) const MAXIMUM_TABLES: usize = 8;
 /// More than the notes of any kernel.
 const MAXIMUM_NOTES: u64 = 64 << 10;
 /// Where the direct map, vmalloc memory and the array of `struct page` lie
@@ -84,7 +86,7 @@ impl<'a> Attempt<'a> {
         mut self,
         options: &FindOptions,
         isf: Option<&Isf>,
-    ) -> Result<Option<Kernel>, FindError> {
+    ) -> Result<Option<Kernel>, IsfError> {
         let folder = Folder::new(&options.cache).unwrap_or_else(|reason| {
             self.cache = CacheOutcome::Unavailable(reason);
             None
@@ -283,9 +285,25 @@ impl<'a> Attempt<'a> {
         digits: &[u64],
         isf: Option<&Isf>,
     ) -> Option<(Symbols, Option<Location>)> {
-        let mut found: Vec<(Location, Symbols)> = digits
+        let mut tables: Vec<u64> = digits
             .iter()
-            .filter_map(|digits| locate::locate(&self.image, *digits))
+            .copied()
+            .filter(|digits| locate::has_tokens(&self.image, *digits))
+            .collect();
+        // Those in constants first, as the kernel's own is.
+        tables.sort_by_key(|digits| (!self.is_read_only(*digits), *digits));
+        if tables.len() > MAXIMUM_TABLES {
+            tables.truncate(MAXIMUM_TABLES);
+            self.conflict(
+                Subject::Symbols,
+                format!("the first {MAXIMUM_TABLES} token tables of the image"),
+                "more token tables in the image, which were not looked at".to_owned(),
+                "a kernel has one",
+            );
+        }
+        let mut found: Vec<(Location, Symbols)> = tables
+            .into_iter()
+            .filter_map(|digits| locate::locate(&self.image, digits))
             .collect();
         // The kernel's own table is a constant; of several constants (which
         // nobody has made yet) the one that the kernel's linker put first.
@@ -372,6 +390,7 @@ impl<'a> Attempt<'a> {
             }
         };
         let chosen = format!("the types at {}", self.image.address(range.start));
+        let mut budget = MAXIMUM_BTF_LENGTH as u64;
         for offset in seen {
             if *offset == range.start {
                 continue;
@@ -379,6 +398,13 @@ impl<'a> Attempt<'a> {
             let Some(other) = btf_range(&self.image, *offset) else {
                 continue;
             };
+            let Some(left) = budget.checked_sub(other.end - other.start) else {
+                let other = "more that looks like types, which was not looked at".to_owned();
+                let why = "the kernel's symbols lead there";
+                self.conflict(Subject::Types, chosen, other, why);
+                break;
+            };
+            budget = left;
             let other = self.image.bytes(other).map(Types::parse);
             if let Some(Ok(_)) = other {
                 let other = format!("types at {}", self.image.address(*offset));

@@ -24,6 +24,9 @@ use crate::rivals;
 use crate::tables::{self, Candidate};
 use crate::{Conflict, Isf, IsfError, Kernel, Subject, TablesFrom};
 
+/// Candidates that are looked at in full, each for some 50 ms.
+const MAXIMUM_ATTEMPTS: usize = 16;
+
 /// How to look for a kernel.
 #[derive(Clone, Debug, Default)]
 pub struct FindOptions {
@@ -102,90 +105,145 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
         Some(path) => Some(Isf::read(path)?),
         None => None,
     };
-    let mut candidates = tables::quick_candidates(&**memory, &options.root_hints);
-    let mut attempts = attempt_all(memory, options, isf.as_ref(), &candidates)?;
-    if attempts.len() != 1 || candidates.len() != 1 || options.search == Search::Thorough {
-        // None, or more than one: how many roots lead to each decides.
-        let all = tables::all_candidates(&**memory);
-        let new: Vec<Candidate> = all
-            .iter()
-            .filter(|new| candidates.iter().all(|old| old.shared != new.shared))
-            .cloned()
-            .collect();
-        attempts.extend(attempt_all(memory, options, isf.as_ref(), &new)?);
-        for candidate in &mut candidates {
-            let counted = all.iter().find(|other| other.shared == candidate.shared);
-            candidate.votes = counted.map_or(candidate.votes, |other| other.votes);
-        }
-        candidates.extend(new);
-        for (candidate, _) in &mut attempts {
-            let counted = candidates.iter().find(|c| c.shared == candidate.shared);
-            candidate.votes = counted.map_or(candidate.votes, |other| other.votes);
-        }
+    let mut search = tables::quick_candidates(&**memory, &options.root_hints);
+    let mut attempts = Attempts {
+        memory,
+        options,
+        isf: isf.as_ref(),
+        kernels: Vec::new(),
+        error: None,
+    };
+    if let [candidate] = &search.candidates[..] {
+        attempts.attempt(candidate);
     }
-    // What a vCPU uses is believed before what most roots in memory say.
-    attempts.sort_by_key(|(candidate, _)| {
-        let hinted = matches!(candidate.from, TablesFrom::Hint(_));
-        std::cmp::Reverse((hinted, candidate.votes))
+    if attempts.kernels.is_empty() || options.search == Search::Thorough {
+        // None, or more than one: how many roots lead to each decides.
+        search = merged(search, tables::all_candidates(&**memory));
+        for candidate in search.candidates.iter().take(MAXIMUM_ATTEMPTS) {
+            attempts.attempt(candidate);
+        }
+        search.complete &= search.candidates.len() <= MAXIMUM_ATTEMPTS;
+    }
+    let Attempts { kernels, error, .. } = attempts;
+    let chosen = search.candidates.iter().find(|candidate| {
+        kernels
+            .iter()
+            .any(|(shared, _)| *shared == candidate.shared)
     });
-    let mut attempts = attempts.into_iter();
-    let Some((chosen, mut kernel)) = attempts.next() else {
-        return Err(match candidates.first() {
-            None => FindError::NoPageTables {
+    let others: Vec<PhysicalAddress> = kernels.iter().map(|(shared, _)| *shared).collect();
+    let kernel = kernels
+        .into_iter()
+        .find(|(shared, _)| chosen.is_some_and(|candidate| candidate.shared == *shared));
+    let (Some(chosen), Some((_, mut kernel))) = (chosen, kernel) else {
+        return Err(match (error, search.candidates.first()) {
+            (Some(error), _) => error.into(),
+            (None, None) => FindError::NoPageTables {
                 bytes: memory.size(),
             },
-            Some(candidate) => FindError::NoSymbols {
+            (None, Some(candidate)) => FindError::NoSymbols {
                 root: candidate.root,
                 base: candidate.image.virtual_base,
                 physical: candidate.image.physical_base,
             },
         });
     };
-    let describe = |candidate: &Candidate, complete: bool| {
-        format!(
-            "{} page-table roots lead to {} image at {} (physical {})",
-            candidate.votes,
-            if complete { "a complete kernel" } else { "an" },
-            candidate.image.virtual_base,
-            candidate.image.physical_base,
-        )
-    };
-    let complete: Vec<PhysicalAddress> = attempts.map(|(candidate, _)| candidate.shared).collect();
-    for candidate in &candidates {
-        if candidate.shared == chosen.shared {
-            continue;
-        }
-        let why = match chosen.from {
-            TablesFrom::Hint(root) => format!("a vCPU uses the root at {root}"),
-            _ if complete.contains(&candidate.shared) => "more roots lead there".to_owned(),
-            _ => "the other image holds no symbol table that fits".to_owned(),
-        };
-        let conflict = Conflict {
-            what: Subject::PageTables,
-            chosen: describe(&chosen, true),
-            other: describe(candidate, complete.contains(&candidate.shared)),
-            why,
-        };
-        note(&mut kernel.conflicts, conflict);
-    }
+    report_others(&mut kernel.conflicts, chosen, &search, &others);
     if options.search == Search::Thorough {
         rivals::search_all(memory, &mut kernel);
     }
     Ok(kernel)
 }
 
-fn attempt_all(
-    memory: &Arc<dyn PhysicalMemory>,
-    options: &FindOptions,
-    isf: Option<&Isf>,
-    candidates: &[Candidate],
-) -> Result<Vec<(Candidate, Kernel)>, FindError> {
-    let mut kernels = Vec::new();
-    for candidate in candidates {
-        let attempt = Attempt::new(memory, candidate);
-        if let Some(kernel) = attempt.kernel(options, isf)? {
-            kernels.push((candidate.clone(), kernel));
+/// The candidates of two searches, the most credible first: what a vCPU uses
+/// before what most roots in memory say.
+fn merged(quick: tables::Search, all: tables::Search) -> tables::Search {
+    let mut candidates = quick.candidates;
+    for new in all.candidates {
+        match candidates.iter_mut().find(|old| old.shared == new.shared) {
+            Some(old) => old.votes = new.votes,
+            None => candidates.push(new),
         }
     }
-    Ok(kernels)
+    candidates.sort_by_key(|candidate| {
+        let hinted = matches!(candidate.from, TablesFrom::Hint(_));
+        std::cmp::Reverse((hinted, candidate.votes))
+    });
+    tables::Search {
+        candidates,
+        complete: quick.complete && all.complete,
+    }
+}
+
+/// Notes every candidate that is not the chosen one; `kernels` says which of
+/// them led to a kernel.
+fn report_others(
+    conflicts: &mut Vec<Conflict>,
+    chosen: &Candidate,
+    search: &tables::Search,
+    kernels: &[PhysicalAddress],
+) {
+    let describe = |candidate: &Candidate| {
+        let what = match kernels.contains(&candidate.shared) {
+            true => "a complete kernel's",
+            false => "an",
+        };
+        format!(
+            "{} page-table roots that lead to {what} image at {} (physical {})",
+            candidate.votes, candidate.image.virtual_base, candidate.image.physical_base,
+        )
+    };
+    for candidate in &search.candidates {
+        if candidate.shared == chosen.shared {
+            continue;
+        }
+        let why = match chosen.from {
+            TablesFrom::Hint(root) => format!("a vCPU uses the root at {root}"),
+            _ if kernels.contains(&candidate.shared) => "more roots lead there".to_owned(),
+            _ => "no symbol table that fits is in the other".to_owned(),
+        };
+        let conflict = Conflict {
+            what: Subject::PageTables,
+            chosen: describe(chosen),
+            other: describe(candidate),
+            why,
+        };
+        note(conflicts, conflict);
+    }
+    if !search.complete {
+        let conflict = Conflict {
+            what: Subject::PageTables,
+            chosen: describe(chosen),
+            other: "more tables of a kernel's shape than were looked at".to_owned(),
+            why: "no guest without forgeries has that many".to_owned(),
+        };
+        note(conflicts, conflict);
+    }
+}
+
+/// The kernels that candidates lead to.
+struct Attempts<'a> {
+    memory: &'a Arc<dyn PhysicalMemory>,
+    options: &'a FindOptions,
+    isf: Option<&'a Isf>,
+    /// By the frame that all their roots share.
+    kernels: Vec<(PhysicalAddress, Kernel)>,
+    /// Why the ISF file does not fit one of them.
+    error: Option<IsfError>,
+}
+
+impl Attempts<'_> {
+    fn attempt(&mut self, candidate: &Candidate) {
+        let known = self
+            .kernels
+            .iter()
+            .any(|(shared, _)| *shared == candidate.shared);
+        if known {
+            return;
+        }
+        match Attempt::new(self.memory, candidate).kernel(self.options, self.isf) {
+            Ok(Some(kernel)) => self.kernels.push((candidate.shared, kernel)),
+            Ok(None) => {}
+            Err(error) => self.error = self.error.take().or(Some(error)),
+        }
+    }
 }

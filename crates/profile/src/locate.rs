@@ -33,6 +33,8 @@ const MAXIMUM_TOKEN_TABLE: u64 = 32 << 10;
 const MAXIMUM_BEFORE_TOKENS: u64 = (MAXIMUM_SYMBOLS as u64 / 256) * 4 + (1 << 20);
 /// A run of ascending numbers this long is taken for markers.
 const MINIMUM_MARKERS: usize = 16;
+/// Runs that are tried: a kernel has one or two.
+const MAXIMUM_RUNS: usize = 8;
 /// The names between two markers: each at least 2 bytes, none over 514.
 const MARKER_STEP: Range<u32> = 2 * 256..514 * 256;
 
@@ -217,6 +219,11 @@ fn words(bytes: &[u8]) -> Vec<u32> {
     words.map(|bytes| u32::from_le_bytes(*bytes)).collect()
 }
 
+/// Whether a token table with its index is around `digits`.
+pub(crate) fn has_tokens(image: &Image<'_>, digits: u64) -> bool {
+    locate_tokens(image, digits).is_some()
+}
+
 /// Where a symbol table starts whose token table has its digits at `digits`,
 /// and how many symbols it has, whatever their addresses.
 pub(crate) fn table_like(image: &Image<'_>, digits: u64) -> Option<(u64, u32)> {
@@ -342,6 +349,7 @@ fn locate_markers(image: &Image<'_>, token_table: u64) -> Option<Vec<(u64, Vec<u
     }
     // The nearest to the token table first.
     runs.reverse();
+    runs.truncate(MAXIMUM_RUNS);
     Some(runs)
 }
 

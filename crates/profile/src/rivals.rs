@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
 
-use crate::attempt::{BTF_START, MAXIMUM_BANNER, btf_range};
+use crate::attempt::{BTF_START, MAXIMUM_BANNER, MAXIMUM_TABLES, btf_range};
 use crate::crosscheck::differences;
 use crate::image::Image;
 use crate::kernel::note;
 use crate::locate::{self, BANNER_START, DIGITS};
 use crate::notes::MAXIMUM_VMCOREINFO;
-use crate::{Conflict, Kernel, KernelImage, Subject, Types, VmcoreInfo};
+use crate::{Conflict, Kernel, KernelImage, MAXIMUM_BTF_LENGTH, Subject, Types, VmcoreInfo};
 
 /// How VMCOREINFO starts.
 const VMCOREINFO_START: &[u8] = b"OSRELEASE=";
@@ -43,8 +43,18 @@ pub(crate) fn search_all(memory: &Arc<dyn PhysicalMemory>, kernel: &mut Kernel) 
             start: region.start,
             kernel,
         };
-        rivals.extend(digits.into_iter().filter_map(|at| search.symbols(at)));
-        rivals.extend(types.into_iter().filter_map(|at| search.types(at)));
+        let tables = digits
+            .into_iter()
+            .filter(|at| locate::has_tokens(&whole, *at));
+        let tables = tables.take(MAXIMUM_TABLES);
+        rivals.extend(tables.filter_map(|at| search.symbols(at)));
+        // As many bytes as one blob may have, in as many pieces as there are.
+        let mut budget = MAXIMUM_BTF_LENGTH as u64;
+        rivals.extend(
+            types
+                .into_iter()
+                .filter_map(|at| search.types(at, &mut budget)),
+        );
         rivals.extend(info.into_iter().flat_map(|at| search.vmcoreinfo(at)));
         rivals.extend(banners.into_iter().filter_map(|at| search.banner(at)));
     }
@@ -97,8 +107,10 @@ impl Search<'_> {
         })
     }
 
-    fn types(&self, offset: u64) -> Option<Conflict> {
-        let bytes = self.whole.bytes(btf_range(&self.whole, offset)?)?;
+    fn types(&self, offset: u64, budget: &mut u64) -> Option<Conflict> {
+        let range = btf_range(&self.whole, offset)?;
+        *budget = budget.checked_sub(range.end - range.start)?;
+        let bytes = self.whole.bytes(range)?;
         let own = self.kernel.profile.types().ok();
         if own.is_some_and(|own| own.bytes() == bytes) {
             return None;

@@ -35,9 +35,14 @@ const MINIMUM_STEPS: usize = 4;
 const LOW_MEMORY_END: u64 = 1 << 20;
 /// Bytes read at once where memory is not mapped.
 const CHUNK: usize = 1 << 20;
-/// Different frames of entry 511 that are looked into in a search of all
-/// memory. A guest that plants more than that is not understood.
-const MAXIMUM_FRAMES: usize = 1 << 18;
+/// A kernel's image has at most this many 2 MiB steps. A distribution's has
+/// 20 to 40; the room for it ends at 512.
+const MAXIMUM_STEPS: usize = 256;
+/// Tables that are looked into for one search: a bound on its time, which a
+/// guest without forgeries stays far below.
+const MAXIMUM_TABLES: usize = 1 << 18;
+/// Entries of tables that are looked into for the direct map.
+const MAXIMUM_ENTRIES: usize = 1 << 20;
 
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
@@ -59,11 +64,16 @@ pub(crate) struct Candidate {
     pub votes: usize,
 }
 
+/// What a search found.
+pub(crate) struct Search {
+    pub candidates: Vec<Candidate>,
+    /// Whether everything was looked at: not if there was too much of what
+    /// looks like a kernel's tables.
+    pub complete: bool,
+}
+
 /// The candidates of `hints` and low memory.
-pub(crate) fn quick_candidates(
-    memory: &dyn PhysicalMemory,
-    hints: &[PhysicalAddress],
-) -> Vec<Candidate> {
+pub(crate) fn quick_candidates(memory: &dyn PhysicalMemory, hints: &[PhysicalAddress]) -> Search {
     let mut candidates = Candidates::new(memory);
     for hint in hints {
         // With page-table isolation the user half of a pair of roots may be
@@ -78,11 +88,11 @@ pub(crate) fn quick_candidates(
         let root = PhysicalAddress::new(page);
         candidates.look_at(root, TablesFrom::Trampoline(root));
     }
-    candidates.found
+    candidates.finish()
 }
 
 /// The candidates of all of memory, those that most roots lead to first.
-pub(crate) fn all_candidates(memory: &dyn PhysicalMemory) -> Vec<Candidate> {
+pub(crate) fn all_candidates(memory: &dyn PhysicalMemory) -> Search {
     let mut candidates = Candidates::new(memory);
     let mut buffer = Vec::new();
     for region in memory.populated() {
@@ -115,9 +125,11 @@ pub(crate) fn all_candidates(memory: &dyn PhysicalMemory) -> Vec<Candidate> {
             }
         }
     }
-    let mut found = candidates.found;
-    found.sort_by_key(|candidate| std::cmp::Reverse(candidate.votes));
-    found
+    let mut search = candidates.finish();
+    search
+        .candidates
+        .sort_by_key(|candidate| std::cmp::Reverse(candidate.votes));
+    search
 }
 
 struct Candidates<'a> {
@@ -126,6 +138,8 @@ struct Candidates<'a> {
     /// By frame of entry 511: which of `found` it is, or none.
     frames: HashMap<u64, Option<usize>>,
     end: u64,
+    /// Tables that may still be looked into.
+    budget: usize,
 }
 
 impl<'a> Candidates<'a> {
@@ -138,6 +152,14 @@ impl<'a> Candidates<'a> {
                 .regions()
                 .last()
                 .map_or(0, |region| region.end().as_u64()),
+            budget: MAXIMUM_TABLES,
+        }
+    }
+
+    fn finish(self) -> Search {
+        Search {
+            candidates: self.found,
+            complete: self.budget > 0,
         }
     }
 
@@ -160,11 +182,12 @@ impl<'a> Candidates<'a> {
             }
             return;
         }
-        if self.frames.len() >= MAXIMUM_FRAMES {
+        if self.budget == 0 {
             return;
         }
         let shared = PhysicalAddress::new(frame);
-        let found = kernel_image(self.memory, shared).map(|(mode, image)| {
+        let image = kernel_image(self.memory, shared, &mut self.budget);
+        let found = image.map(|(mode, image)| {
             self.found.push(Candidate {
                 root,
                 mode,
@@ -203,21 +226,29 @@ fn next_table(entry: u64) -> Option<PhysicalAddress> {
 fn kernel_image(
     memory: &dyn PhysicalMemory,
     shared: PhysicalAddress,
+    budget: &mut usize,
 ) -> Option<(PagingMode, KernelImage)> {
     let below = |table, index| read_entry(memory, table, index).and_then(next_table);
     // With four levels it is `level3_kernel_pgt`.
-    let image = below(shared, 510).and_then(|directory| image_of(memory, directory));
+    let directory = below(shared, 510);
+    let image = directory.and_then(|directory| image_of(memory, directory, budget));
     if let Some(image) = image {
         return Some((PagingMode::FourLevel, image));
     }
     // With five it is `level4_kernel_pgt`.
     let directory = below(below(shared, 511)?, 510)?;
-    Some((PagingMode::FiveLevel, image_of(memory, directory)?))
+    let image = image_of(memory, directory, budget)?;
+    Some((PagingMode::FiveLevel, image))
 }
 
 /// The image that a page directory of a kernel's shape maps: from the first
 /// present entry on, all entries lead to one run of physical memory.
-fn image_of(memory: &dyn PhysicalMemory, directory: PhysicalAddress) -> Option<KernelImage> {
+fn image_of(
+    memory: &dyn PhysicalMemory,
+    directory: PhysicalAddress,
+    budget: &mut usize,
+) -> Option<KernelImage> {
+    *budget = budget.saturating_sub(1);
     let mut bytes = [0; 4096];
     memory.read(directory, &mut bytes).ok()?;
     let mut base = None;
@@ -233,6 +264,7 @@ fn image_of(memory: &dyn PhysicalMemory, directory: PhysicalAddress) -> Option<K
             entry & FRAME & !(LARGE_PAGE - 1)
         } else {
             // Split into 4 KiB pages, some of which may be unmapped.
+            *budget = budget.saturating_sub(1);
             let table = PhysicalAddress::new(entry & FRAME);
             let mut entries = [0; 4096];
             memory.read(table, &mut entries).ok()?;
@@ -258,6 +290,9 @@ fn image_of(memory: &dyn PhysicalMemory, directory: PhysicalAddress) -> Option<K
         }
         steps += 1;
         end = index + 1;
+        if end - first > MAXIMUM_STEPS {
+            return None;
+        }
     }
     let (first, start) = base?;
     let image = KernelImage {
@@ -318,6 +353,7 @@ pub(crate) fn direct_map_by_search(
         PagingMode::FourLevel => (39, 0xffff_0000_0000_0000_u64),
         PagingMode::FiveLevel => (48, 0xfe00_0000_0000_0000),
     };
+    let mut budget = MAXIMUM_ENTRIES;
     // KASLR places the direct map at a multiple of 1 GiB.
     let gibibyte = image.physical_base.as_u64() >> 30;
     for top in 256..511 {
@@ -327,7 +363,7 @@ pub(crate) fn direct_map_by_search(
         let high = sign | top << top_shift;
         let tables = match space.mode() {
             PagingMode::FourLevel => vec![(high, table)],
-            PagingMode::FiveLevel => (0..512)
+            PagingMode::FiveLevel => (0..512_u64)
                 .filter_map(|index| {
                     let next = next_table(read_entry(memory, table, index)?)?;
                     Some((high | index << 39, next))
@@ -335,6 +371,7 @@ pub(crate) fn direct_map_by_search(
                 .collect(),
         };
         for (high, table) in tables {
+            budget = budget.checked_sub(512)?;
             for index in 0..512 {
                 let present = read_entry(memory, table, index).is_some_and(|e| e & PRESENT != 0);
                 let Some(start) = (high | index << 30).checked_sub(gibibyte << 30) else {

@@ -162,6 +162,7 @@ impl Encoder {
     /// An empty blob of a module, to go on where `base` ends.
     pub(crate) fn on_top_of(base: &Self) -> Self {
         Self {
+            strings: Vec::new(),
             first_id: base.first_id + base.records,
             first_string: base.first_string + base.strings.len() as u32,
             ..Self::new()

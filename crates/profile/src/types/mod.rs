@@ -26,7 +26,9 @@ use path::{Component, components};
 const MAXIMUM_CHAIN: usize = 64;
 /// Members looked at for one name. The largest structure of a kernel has some
 /// 300, its anonymous members included.
-const MAXIMUM_MEMBERS: usize = 1 << 20;
+const MAXIMUM_MEMBERS: usize = 1 << 16;
+/// Types of one name that are asked. Kernels have up to five.
+const MAXIMUM_NAMESAKES: usize = 64;
 
 /// Why a question about a type has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -430,7 +432,9 @@ impl Types {
         };
         let own = self.0.named(name, wanted);
         let base = self.0.base.as_ref().map(|base| base.0.named(name, wanted));
-        own.into_iter().chain(base.into_iter().flatten())
+        own.into_iter()
+            .chain(base.into_iter().flatten())
+            .take(MAXIMUM_NAMESAKES)
     }
 }
 

@@ -204,6 +204,8 @@ fn module_types_continue_the_kernels() {
     assert_eq!(types.member("mine", "other.d").expect("d").offset, 10);
     assert_eq!(types.member("outer", "word").expect("word").offset, 8);
     assert_eq!(types.iter().last().expect("a type").name, "mine");
+    let member = types.members_of(types.iter().last().expect("a type").id);
+    assert_eq!(member.expect("members")[0].name.as_deref(), Some("count"));
 }
 
 #[test]
