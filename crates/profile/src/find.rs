@@ -16,7 +16,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
+use secmon_memory::{PagingMode, PhysicalAddress, PhysicalMemory, VirtualAddress};
 
 use crate::attempt::Attempt;
 use crate::kernel::note;
@@ -164,6 +164,14 @@ fn merged(quick: tables::Search, all: tables::Search) -> tables::Search {
             None => candidates.push(new),
         }
     }
+    // With five levels the table that all roots share looks like a root of
+    // four, and nothing else leads where it does.
+    let inner: Vec<PhysicalAddress> = candidates
+        .iter()
+        .filter(|candidate| candidate.mode == PagingMode::FiveLevel)
+        .map(|candidate| candidate.shared)
+        .collect();
+    candidates.retain(|candidate| candidate.votes > 1 || !inner.contains(&candidate.root));
     candidates.sort_by_key(|candidate| {
         let hinted = matches!(candidate.from, TablesFrom::Hint(_));
         std::cmp::Reverse((hinted, candidate.votes))

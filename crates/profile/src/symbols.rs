@@ -30,7 +30,7 @@ pub struct Symbols {
     names: Names,
     offsets: Offsets,
     /// Open addressing by name: symbol numbers plus one, 0 where empty. The
-    /// length is a power of two, at least a third of it empty.
+    /// length is a power of two, at least a ninth of it empty.
     slots: Vec<u32>,
     /// Symbol numbers by address, if they are not in that order already.
     by_address: Option<Vec<u32>>,
@@ -173,7 +173,7 @@ impl Unpacked {
 
 /// The length of the hash table for that many symbols.
 pub(crate) fn index_length(symbols: usize) -> usize {
-    (symbols + symbols / 2 + 1).next_power_of_two()
+    (symbols + symbols / 8 + 1).next_power_of_two()
 }
 
 /// The hash table of all names: see [`Symbols`].
