@@ -25,7 +25,7 @@ const VMCOREINFO_START: &[u8] = b"OSRELEASE=";
 pub(crate) fn search_all(memory: &Arc<dyn PhysicalMemory>, kernel: &mut Kernel) {
     let memory = &**memory;
     let mut rivals = Vec::new();
-    for region in memory.regions() {
+    for region in memory.populated() {
         // A region read as if it were an image: by offset from its start.
         let place = KernelImage {
             virtual_base: VirtualAddress::new(0),
