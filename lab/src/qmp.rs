@@ -80,7 +80,14 @@ impl Qmp {
 
     /// Runs a command of the human monitor and returns its text.
     pub fn human(&mut self, line: &str) -> Result<String> {
-        let reply = self.execute("human-monitor-command", &json!({"command-line": line}))?;
+        self.human_of(0, line)
+    }
+
+    /// Runs a command of the human monitor about one vCPU. The monitor's own
+    /// `cpu` command would not last: each call has a monitor of its own.
+    fn human_of(&mut self, vcpu: u32, line: &str) -> Result<String> {
+        let arguments = json!({"command-line": line, "cpu-index": vcpu});
+        let reply = self.execute("human-monitor-command", &arguments)?;
         match reply.as_str() {
             Some(text) => Ok(text.replace('\r', "")),
             None => bail!("{line}: no text but {reply}"),
@@ -125,8 +132,7 @@ impl Qmp {
     /// The guest physical address of a virtual one on a vCPU (0 is the
     /// first), in the address space that the vCPU is in; none if unmapped.
     pub fn guest_physical(&mut self, vcpu: u32, address: u64) -> Result<Option<u64>> {
-        self.human(&format!("cpu {vcpu}"))?;
-        let text = self.human(&format!("gva2gpa {address:#x}"))?;
+        let text = self.human_of(vcpu, &format!("gva2gpa {address:#x}"))?;
         match text.trim().strip_prefix("gpa: ") {
             Some(physical) => {
                 let digits = physical.trim_start_matches("0x");
@@ -139,8 +145,7 @@ impl Qmp {
 
     /// `info registers` of one vCPU.
     pub fn registers(&mut self, vcpu: u32) -> Result<String> {
-        self.human(&format!("cpu {vcpu}"))?;
-        self.human("info registers")
+        self.human_of(vcpu, "info registers")
     }
 
     fn line(&mut self) -> Result<Value> {
