@@ -248,6 +248,39 @@ fn memory_above_4_gib_is_where_the_guest_sees_it() {
     }
 }
 
+/// A raw image can also hold the machine's hole: here the RAM at 0 and, at the
+/// end of 4 GiB, the firmware.
+#[test]
+fn a_raw_image_with_the_hole_is_told_from_ram() {
+    let mut guest = FirmwareGuest::start(Machine::Q35, 64 * MIB, 1);
+    let core = open(&guest.dump("core", false, ""));
+    let firmware = core.memory.regions()[1];
+    assert_eq!(firmware.end().as_u64(), 1 << 32);
+    let mut bytes = vec![0; firmware.length as usize];
+    core.memory
+        .read(firmware.start, &mut bytes)
+        .expect("the firmware");
+    let path = guest.directory.path().join("ram");
+    guest
+        .ram
+        .file
+        .write_all_at(&bytes, firmware.start.as_u64())
+        .expect("a sparse file");
+    let image = open(&path);
+    assert_eq!(image.format, ImageFormat::Raw);
+    assert_eq!(image.memory.regions().len(), 1, "{:?}", image.notes);
+    assert_eq!(
+        guest.ram.compare(image.memory.as_ref(), none_missing),
+        64 * MIB / PAGE as u64
+    );
+    let mut found = vec![0; bytes.len()];
+    image
+        .memory
+        .read(firmware.start, &mut found)
+        .expect("the firmware");
+    assert!(found == bytes);
+}
+
 #[test]
 fn a_cut_dump_says_what_is_missing_and_reads_the_rest() {
     let mut guest = FirmwareGuest::start(Machine::Q35, 16 * MIB, 1);
