@@ -72,7 +72,7 @@ impl SharedRam {
     }
 
     /// Appends the parts of a region that the file has data for.
-    fn populated_of(
+    pub(crate) fn populated_of(
         file: &File,
         region: MemoryRegion,
         offset: u64,

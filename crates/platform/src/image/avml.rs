@@ -13,7 +13,7 @@ use secmon_memory::{MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadE
 use super::bytes::ImageBytes;
 use super::lime::{HEADER_SIZE, RangeHeader};
 use super::page_cache::{Cached, PageCache};
-use super::pieces::{join_regions, missing_reason};
+use super::pieces::{join_regions, missing_reason, whole_pages};
 use super::{Image, ImageError, ImageFormat, ImageHints, ImageNote, ImageOptions};
 
 /// "AVML" in the file.
@@ -413,6 +413,13 @@ impl PhysicalMemory for AvmlMemory {
 
     fn volatility(&self) -> Volatility {
         Volatility::Static
+    }
+
+    fn populated(&self) -> Vec<MemoryRegion> {
+        let chunks = self.chunks.iter().map(|chunk| {
+            MemoryRegion::new(PhysicalAddress::new(chunk.start), u64::from(chunk.length))
+        });
+        whole_pages(join_regions(chunks.collect()))
     }
 
     fn read(&self, address: PhysicalAddress, buffer: &mut [u8]) -> Result<(), PhysicalReadError> {

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use super::ImageError;
@@ -76,13 +76,15 @@ impl ImageFile {
             path: path.to_owned(),
             source,
         };
-        let file = File::open(path).map_err(open)?;
-        let metadata = file.metadata().map_err(open)?;
-        if metadata.is_dir() {
+        // Asked before opening: to open a FIFO would wait for its writer.
+        let kind = std::fs::metadata(path).map_err(open)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
             return Err(ImageError::NotAFile {
                 path: path.to_owned(),
             });
         }
+        let file = File::open(path).map_err(open)?;
+        let metadata = file.metadata().map_err(open)?;
         let length = if metadata.is_file() {
             metadata.len()
         } else {

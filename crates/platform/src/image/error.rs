@@ -19,8 +19,8 @@ pub enum ImageError {
         /// The host's reason.
         source: std::io::Error,
     },
-    /// A directory.
-    #[error("{} is a directory, not a memory image", path.display())]
+    /// A directory, a FIFO, a socket, a character device.
+    #[error("{} is neither a file nor a block device", path.display())]
     NotAFile {
         /// The path as it was given.
         path: PathBuf,

@@ -130,6 +130,20 @@ impl PageIndex {
         self.pages
     }
 
+    /// The runs of pages that are in the file.
+    fn runs(&self) -> Result<Vec<MemoryRegion>, ImageError> {
+        let mut runs = Regions::default();
+        for (number, chunk) in self.chunks.iter().enumerate() {
+            let first = number as u64 * CHUNK_FRAMES;
+            match &chunk.bits {
+                Bits::Zeros => {}
+                Bits::Ones => runs.extend(first, CHUNK_FRAMES)?,
+                Bits::Mixed(bits) => runs.add(first, bits)?,
+            }
+        }
+        runs.finish()
+    }
+
     /// How many pages below `frame` are in the file, and whether it is itself.
     fn rank(&self, frame: u64) -> (u64, bool) {
         let chunk = usize::try_from(frame / CHUNK_FRAMES)
@@ -445,6 +459,11 @@ impl PhysicalMemory for KdumpMemory {
 
     fn volatility(&self) -> Volatility {
         Volatility::Static
+    }
+
+    fn populated(&self) -> Vec<MemoryRegion> {
+        // Too many runs are no error: then all of memory is looked at.
+        self.index.runs().unwrap_or_else(|_| self.regions.clone())
     }
 
     fn read(&self, address: PhysicalAddress, buffer: &mut [u8]) -> Result<(), PhysicalReadError> {

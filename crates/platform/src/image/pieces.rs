@@ -2,12 +2,14 @@
 //! the memory made of it.
 
 use secmon_memory::{
-    MappedMemory, MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility,
+    MappedMemory, MemoryRegion, PAGE_SIZE, PhysicalAddress, PhysicalMemory, PhysicalReadError,
+    Volatility,
 };
 use std::sync::Arc;
 
 use super::bytes::ImageBytes;
 use super::{ImageError, ImageNote};
+use crate::shared::SharedRam;
 
 /// The most separate pieces of memory that one image may have.
 pub(crate) const MAX_PIECES: usize = 1 << 18;
@@ -25,6 +27,11 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
+    /// Whether an address that lies in both has the same bytes in both.
+    fn same_bytes(&self, other: &Self) -> bool {
+        self.offset.wrapping_sub(self.start) == other.offset.wrapping_sub(other.start)
+    }
+
     fn region(&self) -> MemoryRegion {
         MemoryRegion::new(PhysicalAddress::new(self.start), self.length)
     }
@@ -105,13 +112,7 @@ impl Pieces {
         for mut piece in self.pieces.drain(..) {
             if let Some(last) = merged.last_mut() {
                 let end = last.start + last.length;
-                let same =
-                    last.offset.wrapping_sub(last.start) == piece.offset.wrapping_sub(piece.start);
-                if same && piece.start <= end {
-                    last.length = last.length.max(piece.start + piece.length - last.start);
-                    continue;
-                }
-                if piece.start < end {
+                if piece.start < end && (piece.start < last.start || !last.same_bytes(&piece)) {
                     let twice = (end - piece.start).min(piece.length);
                     if self.notes.len() < MAX_NOTES {
                         self.notes.push(ImageNote::Overlap {
@@ -126,6 +127,12 @@ impl Pieces {
                     piece.start += twice;
                     piece.offset += twice;
                     piece.length -= twice;
+                }
+                // Now it starts no lower than the last one.
+                if piece.start <= end && last.same_bytes(&piece) {
+                    let new_end = end.max(piece.start + piece.length);
+                    last.length = new_end - last.start;
+                    continue;
                 }
             }
             merged.push(piece);
@@ -223,10 +230,66 @@ pub(crate) fn memory_of(
         .map(|piece| (piece.region(), piece.offset))
         .collect();
     let mapped = MappedMemory::map_file(mappable, &layout, volatility)?;
+    let present = MappedFile {
+        mapped,
+        file: Arc::clone(file),
+        layout,
+    };
     if missing.is_empty() {
-        return Ok(Arc::new(mapped));
+        return Ok(Arc::new(present));
     }
-    Ok(Arc::new(HoledMemory::new(mapped, missing)))
+    Ok(Arc::new(HoledMemory::new(present, missing)))
+}
+
+/// A mapped image that knows which parts of its file are holes: those of a
+/// sparse file need not be looked at.
+struct MappedFile {
+    mapped: MappedMemory,
+    file: Arc<dyn ImageBytes>,
+    layout: Vec<(MemoryRegion, u64)>,
+}
+
+impl PhysicalMemory for MappedFile {
+    fn regions(&self) -> &[MemoryRegion] {
+        self.mapped.regions()
+    }
+
+    fn volatility(&self) -> Volatility {
+        self.mapped.volatility()
+    }
+
+    fn read(&self, address: PhysicalAddress, buffer: &mut [u8]) -> Result<(), PhysicalReadError> {
+        self.mapped.read(address, buffer)
+    }
+
+    fn mapped(&self) -> Option<&MappedMemory> {
+        Some(&self.mapped)
+    }
+
+    fn populated(&self) -> Vec<MemoryRegion> {
+        let Some(file) = self.file.as_file() else {
+            return self.regions().to_vec();
+        };
+        let mut found = Vec::new();
+        for (region, offset) in &self.layout {
+            if SharedRam::populated_of(file, *region, *offset, &mut found).is_err() {
+                // A file system that does not tell.
+                return self.regions().to_vec();
+            }
+        }
+        whole_pages(found)
+    }
+}
+
+/// Extends regions to whole pages and joins what then touches: offsets in a
+/// file need not be multiples of the page size.
+pub(crate) fn whole_pages(mut regions: Vec<MemoryRegion>) -> Vec<MemoryRegion> {
+    for region in &mut regions {
+        let end = region.end().as_u64().next_multiple_of(PAGE_SIZE);
+        let start = region.start.page();
+        *region = MemoryRegion::new(start, end - start.as_u64());
+    }
+    join_regions(regions)
 }
 
 /// Pieces that are read and not mapped: those of a flattened file.
@@ -361,5 +424,93 @@ impl<M: PhysicalMemory> PhysicalMemory for HoledMemory<M> {
 
     fn mapped(&self) -> Option<&MappedMemory> {
         self.present.mapped()
+    }
+
+    fn populated(&self) -> Vec<MemoryRegion> {
+        self.present.populated()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn regions(list: &[(u64, u64)]) -> Vec<MemoryRegion> {
+        list.iter()
+            .map(|(start, length)| MemoryRegion::new(PhysicalAddress::new(*start), *length))
+            .collect()
+    }
+
+    #[test]
+    fn whole_pages_cover_and_do_not_touch() {
+        let found = whole_pages(regions(&[(0x10, 0x20), (0x1001, 0xfff), (0x5fff, 2)]));
+        assert_eq!(found, regions(&[(0, 0x2000), (0x5000, 0x2000)]));
+    }
+
+    proptest! {
+        /// Each address is read from a piece that was given for it, from the
+        /// one that starts lowest where there are several; what is missing is
+        /// in none.
+        #[test]
+        fn pieces_merge_to_what_they_say(
+            given in prop::collection::vec((0u64..300, 1u64..80, 0u64..4), 1..20),
+            absent in prop::collection::vec((0u64..400, 1u64..60), 0..6),
+            file_length in 100u64..900,
+        ) {
+            let mut pieces = Pieces::default();
+            let mut expected: Vec<Option<Vec<u64>>> = vec![None; 500];
+            let mut stated = vec![false; 500];
+            for (start, length, shift) in &given {
+                let offset = start + shift * 100;
+                pieces
+                    .push(Piece { start: *start, length: *length, offset }, file_length)
+                    .expect("few pieces");
+                for inside in 0..*length {
+                    stated[(start + inside) as usize] = true;
+                    if offset + inside < file_length {
+                        expected[(start + inside) as usize]
+                            .get_or_insert_default()
+                            .push(offset + inside);
+                    }
+                }
+            }
+            for (start, length) in &absent {
+                let region = MemoryRegion::new(PhysicalAddress::new(*start), *length);
+                pieces.push_missing(region, "test").expect("few pieces");
+                for address in *start..start + length {
+                    stated[address as usize] = true;
+                }
+            }
+            let (merged, missing, notes) = pieces.finish();
+            for pair in merged.windows(2) {
+                prop_assert!(pair[0].start + pair[0].length <= pair[1].start);
+            }
+            for pair in missing.windows(2) {
+                prop_assert!(pair[0].0.end() <= pair[1].0.start);
+            }
+            let mut contradiction = false;
+            for (address, expected) in expected.iter().enumerate() {
+                let address = address as u64;
+                let piece = merged
+                    .iter()
+                    .find(|piece| piece.region().contains(PhysicalAddress::new(address)));
+                let reason = missing_reason(&missing, PhysicalAddress::new(address));
+                match (piece, expected) {
+                    (Some(piece), Some(offsets)) => {
+                        let offset = piece.offset + (address - piece.start);
+                        prop_assert!(offsets.contains(&offset));
+                        contradiction |= offsets.iter().any(|other| *other != offset);
+                        prop_assert_eq!(reason, None);
+                    }
+                    (None, None) => {
+                        prop_assert_eq!(reason.is_some(), stated[address as usize]);
+                    }
+                    other => prop_assert!(false, "{:?}", other),
+                }
+            }
+            let told = notes.iter().any(|note| matches!(note, ImageNote::Overlap { .. }));
+            prop_assert_eq!(told, contradiction);
+        }
     }
 }
