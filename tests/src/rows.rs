@@ -88,6 +88,16 @@ fn equal(left: &Value, right: &Value) -> bool {
 }
 
 impl Expected {
+    /// Exactly this value.
+    pub fn exactly(value: impl Into<Value>) -> Self {
+        Self::Exactly(value.into())
+    }
+
+    /// Exactly this text.
+    pub fn text(bytes: &[u8]) -> Self {
+        Self::Exactly(Value::text(bytes))
+    }
+
     /// Whether `value` is what was expected.
     pub fn accepts(&self, value: &Value) -> bool {
         match self {

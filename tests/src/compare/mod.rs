@@ -1,5 +1,9 @@
 //! One file a table: the rows it should have, made from the guest's own truth.
 
+mod env;
+mod files;
+mod maps;
+mod mounts;
 mod namespaces;
 mod processes;
 mod threads;
@@ -84,6 +88,10 @@ pub static CHECKS: &[Check] = &[
     processes::PROCESSES,
     threads::THREADS,
     namespaces::NAMESPACES,
+    files::FILES,
+    maps::MAPS,
+    mounts::MOUNTS,
+    env::ENV,
 ];
 
 /// A table's rows, read between two truths.

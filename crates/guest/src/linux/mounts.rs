@@ -182,9 +182,13 @@ pub static MOUNTS: TableOf<Mounted> = TableOf {
 };
 
 /// A mount namespace with the root directories of processes in it.
+#[derive(Default)]
 struct Namespace {
     address: VirtualAddress,
     roots: Vec<PathPointer>,
+    /// That of a kernel thread: where a namespace is seen from if it has no
+    /// other processes, as that of `kdevtmpfs`.
+    kernel_root: Option<PathPointer>,
 }
 
 fn items(
@@ -201,7 +205,7 @@ fn items(
         if namespaces.is_empty() {
             namespaces.push(Namespace {
                 address: initial,
-                roots: Vec::new(),
+                ..Namespace::default()
             });
         }
     }
@@ -268,15 +272,16 @@ fn namespaces(guest: &Guest) -> Result<Vec<Namespace>, TableError> {
         let place = *places.entry(address).or_insert_with(|| {
             namespaces.push(Namespace {
                 address,
-                roots: Vec::new(),
+                ..Namespace::default()
             });
             namespaces.len() - 1
         });
-        if let (Some(namespace), Ok(root)) = (namespaces.get_mut(place), root)
-            && namespace.roots.len() < ROOT_LIMIT
-            && !namespace.roots.contains(&root)
-            && !task.is_kernel_thread()
-        {
+        let (Some(namespace), Ok(root)) = (namespaces.get_mut(place), root) else {
+            continue;
+        };
+        if task.is_kernel_thread() {
+            namespace.kernel_root = Some(root);
+        } else if namespace.roots.len() < ROOT_LIMIT && !namespace.roots.contains(&root) {
             namespace.roots.push(root);
         }
     }
@@ -313,7 +318,8 @@ fn rows(
     let roots = namespace.roots.iter().copied().map(Some);
     // Without a process that has a root there, the top of the namespace is
     // where its paths start.
-    let roots = roots.chain(namespace.roots.is_empty().then(|| top(&mounts)));
+    let other = || namespace.kernel_root.or_else(|| top(&mounts));
+    let roots = roots.chain(namespace.roots.is_empty().then(other));
     for root in roots {
         let paths = Paths::new(guest, TABLE, root)?;
         let row = |mount: &Mount| Mounted {

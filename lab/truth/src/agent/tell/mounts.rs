@@ -22,26 +22,31 @@ pub fn mounts() -> io::Result<Vec<Mount>> {
 }
 
 /// The member of each mount namespace whose view is the widest: one whose
-/// root is the namespace's own, told by the number of lines it sees.
+/// root is the namespace's own, told by the number of lines it sees. Kernel
+/// threads, whose roots programs have left behind, count only where there is
+/// nobody else.
 fn readers() -> io::Result<BTreeMap<u64, i32>> {
-    let mut best: BTreeMap<u64, (usize, i32)> = BTreeMap::new();
+    let mut best: BTreeMap<u64, ((bool, usize), i32)> = BTreeMap::new();
     let mut seen = std::collections::BTreeSet::new();
     for pid in pids()? {
         let Some(namespace) = namespace_inode(&format!("/proc/{pid}/ns/mnt")) else {
             continue;
         };
-        if link(&format!("/proc/{pid}/exe")).is_none()
-            || !seen.insert((namespace, link(&format!("/proc/{pid}/root"))))
-        {
+        let Some(root) = link(&format!("/proc/{pid}/root")) else {
+            continue;
+        };
+        let is_program = link(&format!("/proc/{pid}/exe")).is_some();
+        if !seen.insert((namespace, root, is_program)) {
             continue;
         }
         let lines = fs::read(format!("/proc/{pid}/mountinfo"))
             .unwrap_or_default()
             .split(|byte| *byte == b'\n')
             .count();
-        let entry = best.entry(namespace).or_insert((lines, pid));
-        if lines > entry.0 {
-            *entry = (lines, pid);
+        let rank = (is_program, lines);
+        let entry = best.entry(namespace).or_insert((rank, pid));
+        if rank > entry.0 {
+            *entry = (rank, pid);
         }
     }
     Ok(best
