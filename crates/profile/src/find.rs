@@ -255,3 +255,132 @@ impl Attempts<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use secmon_memory::PAGE_SIZE;
+
+    use super::*;
+    use crate::ProfileError;
+    use crate::synthetic::{self, BANNER, BASE, IMAGE, Recipe};
+
+    fn options() -> FindOptions {
+        FindOptions {
+            cache: Cache::Off,
+            ..FindOptions::default()
+        }
+    }
+
+    #[test]
+    fn every_layout_is_found_by_its_data() {
+        for recipe in Recipe::all() {
+            let memory = synthetic::memory(recipe).shared();
+            let kernel = find(&memory, &options()).unwrap_or_else(|error| {
+                panic!("{recipe:?}: {error}");
+            });
+            assert_eq!(kernel.profile.banner(), BANNER, "{recipe:?}");
+            assert_eq!(kernel.space.mode(), recipe.mode, "{recipe:?}");
+            assert_eq!(kernel.image.virtual_base.as_u64(), BASE);
+            assert_eq!(kernel.image.physical_base.as_u64(), IMAGE as u64);
+            assert_eq!(kernel.image.slide, 0);
+            assert_eq!(kernel.direct_map_slide, 0, "{recipe:?}");
+            assert_eq!(kernel.conflicts, [], "{recipe:?}");
+            assert_eq!(kernel.vmcoreinfo, None);
+            let found: Vec<(String, char, u64)> = kernel
+                .profile
+                .symbols()
+                .iter()
+                .map(|symbol| (symbol.name.to_owned(), symbol.kind, symbol.address.as_u64()))
+                .collect();
+            assert_eq!(found, synthetic::symbols(recipe), "{recipe:?}");
+            let types = kernel.profile.types().expect("types");
+            assert_eq!(types.size_of("task_struct"), Ok(64));
+            assert_eq!(
+                kernel.profile.build_id(),
+                crate::BuildId::new(&[0xab; 20]).as_ref()
+            );
+        }
+    }
+
+    #[test]
+    fn without_types_the_rest_is_found() {
+        let recipe = Recipe::default();
+        let mut memory = synthetic::memory(recipe);
+        let [_, _, types, _] = synthetic::interesting(recipe);
+        memory.bytes[types].fill(0);
+        let kernel = find(&memory.shared(), &options()).expect("a kernel");
+        let error = kernel.profile.types().expect_err("no types");
+        assert!(matches!(error, ProfileError::DamagedBtf { .. }), "{error}");
+        assert!(kernel.profile.symbols().address("filler_77").is_some());
+    }
+
+    #[test]
+    fn errors_say_how_far_it_came() {
+        let recipe = Recipe::default();
+        let mut memory = synthetic::memory(recipe);
+        let [tables, symbols, ..] = synthetic::interesting(recipe);
+        memory.bytes[symbols].fill(0);
+        let error = find(&memory.shared(), &options()).map(|_| ());
+        assert!(
+            matches!(error, Err(FindError::NoSymbols { .. })),
+            "{error:?}"
+        );
+        memory.bytes[tables].fill(0);
+        let error = find(&memory.shared(), &options()).map(|_| ());
+        assert!(
+            matches!(error, Err(FindError::NoPageTables { .. })),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn memory_full_of_tables_ends_in_time() {
+        // Every page a root that leads to itself by all of its entries but
+        // the present pages' frames differ: the worst there is to look into.
+        let mut memory = synthetic::memory(Recipe::default());
+        for (number, page) in memory
+            .bytes
+            .chunks_exact_mut(PAGE_SIZE as usize)
+            .enumerate()
+        {
+            let next = (number as u64 * 7 + 1) % 6000;
+            let entry = (next << 12 | 0x63).to_le_bytes();
+            for slot in page.as_chunks_mut::<8>().0 {
+                *slot = entry;
+            }
+        }
+        let start = std::time::Instant::now();
+        assert!(find(&memory.shared(), &options()).is_err());
+        assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn damage_anywhere_is_survived(
+            changes in proptest::collection::vec(
+                (0_usize..4, any::<proptest::sample::Index>(), any::<u8>()), 1..24),
+            layout in 0_usize..30,
+            thorough in any::<bool>(),
+        ) {
+            let recipes: Vec<Recipe> = Recipe::all().collect();
+            let recipe = recipes[layout % recipes.len()];
+            let mut memory = synthetic::memory(recipe);
+            let places = synthetic::interesting(recipe);
+            for (place, index, byte) in changes {
+                let place = places[place].clone();
+                memory.bytes[place.start + index.index(place.len())] = byte;
+            }
+            let mut options = options();
+            if thorough {
+                options.search = Search::Thorough;
+            }
+            if let Ok(kernel) = find(&memory.shared(), &options) {
+                prop_assert!(kernel.conflicts.len() < 200);
+                let _ = kernel.profile.symbols().iter().count();
+                let _ = kernel.profile.types().map(|types| types.iter().count());
+            }
+        }
+    }
+}

@@ -47,6 +47,8 @@ mod notes;
 mod profile;
 mod rivals;
 mod symbols;
+#[cfg(test)]
+mod synthetic;
 mod tables;
 mod types;
 

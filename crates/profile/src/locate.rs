@@ -428,7 +428,7 @@ fn address_locations(location: &Location, count_at: u64) -> Vec<Location> {
     for alignment in [8, 4] {
         let start = (location.token_index + 512).next_multiple_of(alignment);
         add(Some(start), Encoding::PlaceRelative);
-        let base = (start + count * 4).next_multiple_of(8);
+        let base = (start + count * 4).next_multiple_of(alignment);
         add(Some(start), Encoding::AbsolutePerCpu(base));
         add(Some(start), Encoding::BaseRelative(base));
         add(Some(start), Encoding::Absolute);
