@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,7 +76,7 @@ impl Guest {
                 running,
             }),
             Err(error) => {
-                let ended = running.child.try_wait().ok().flatten();
+                let ended = end_within(&mut running.child, Duration::from_secs(2));
                 let state = ended.map_or_else(
                     || "QEMU still ran".to_owned(),
                     |status| format!("QEMU ended with {status}"),
@@ -202,6 +202,19 @@ fn wait_for_greeting(
         if start.elapsed() > timeout {
             return Err(anyhow!("no greeting in {:.0} s", timeout.as_secs_f32()));
         }
+    }
+}
+
+/// The exit status, if the process ends in time: when a channel to QEMU
+/// closes, its process needs a moment more.
+fn end_within(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
+    let start = Instant::now();
+    loop {
+        let ended = child.try_wait().ok().flatten();
+        if ended.is_some() || start.elapsed() > patience {
+            return ended;
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

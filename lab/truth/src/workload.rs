@@ -17,7 +17,9 @@ pub struct Workload {
     /// Load the modules that the workload itself doesn't need.
     pub extra_modules: bool,
     /// Milliseconds between two rounds of the busy mode once it is resumed;
-    /// each round forks, exits, starts threads, opens and closes files.
+    /// each round forks and reaps three processes, and makes and ends a
+    /// thread, a file, two sockets and a mapping. What it makes lives for up
+    /// to a tenth of a second.
     pub busy_interval_ms: u32,
 }
 
