@@ -235,7 +235,8 @@ impl CommandLine {
     }
 
     /// The blocks that make up main RAM in their order, with their sizes.
-    /// `pc.ram` is QEMU's name for the block it makes itself.
+    /// Without a backend it is `pc.ram`, which QEMU makes itself, or
+    /// `microvm.ram`.
     ///
     /// `None` if the command line doesn't say how large they are.
     pub fn main_blocks(&self) -> Option<Vec<(String, u64)>> {
@@ -247,7 +248,11 @@ impl CommandLine {
         }
         let name = self.memory_backend.clone();
         let size = self.main_ram_size()?;
-        Some(vec![(name.unwrap_or_else(|| "pc.ram".to_owned()), size)])
+        let own = match self.machine_type() {
+            Some(Machine::Microvm) => "microvm.ram",
+            Some(Machine::Q35 | Machine::I440fx) | None => "pc.ram",
+        };
+        Some(vec![(name.unwrap_or_else(|| own.to_owned()), size)])
     }
 
     fn machine(&mut self, options: &Options) {

@@ -116,10 +116,10 @@ pub(super) enum Inspection {
 
 /// Looks at one process.
 pub(super) fn inspect(pid: u32) -> io::Result<Inspection> {
-    let arguments = process::arguments(pid)?;
     let executable = match process::executable(pid) {
         Ok(executable) => executable,
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let arguments = process::arguments(pid)?;
             let Some(first) = arguments.first() else {
                 return Ok(Inspection::NotQemu);
             };
@@ -141,7 +141,7 @@ pub(super) fn inspect(pid: u32) -> io::Result<Inspection> {
             return Ok(Inspection::NoGuest(executable, reason));
         }
     };
-    let command_line = CommandLine::parse(&arguments);
+    let command_line = CommandLine::parse(&process::arguments(pid)?);
     if command_line.machine_name.as_deref() == Some("none") {
         return Ok(Inspection::NoGuest(executable, SkipReason::NoGuest));
     }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -426,40 +426,39 @@ impl Opening<'_> {
     /// The pieces of RAM as QEMU reports them, or `None` where it can't be
     /// asked.
     fn ask_qmp(&mut self) -> Result<Option<Vec<HostRegion>>, QemuError> {
-        let (path, required) = match &self.options.qmp {
+        let monitors = match &self.options.qmp {
             QmpUse::Never => return Ok(None),
-            QmpUse::Socket(path) => (path.clone(), true),
-            QmpUse::IfAvailable => {
-                let monitors = &self.process.monitors;
-                let free = monitors.iter().find(|monitor| !monitor.busy);
-                let Some(monitor) = free else {
-                    if let Some(busy) = monitors.first() {
-                        let path = busy.path.display();
-                        self.notes.push(format!(
-                            "QMP at {path} is in use by another client; RAM was located without it"
-                        ));
-                    }
-                    return Ok(None);
-                };
-                (monitor.path.clone(), false)
-            }
+            QmpUse::Socket(path) => return self.ask_qmp_at(path).map(Some),
+            QmpUse::IfAvailable => &self.process.monitors,
         };
-        let pieces = QmpClient::connect(&path, self.options.timeout)
-            .map_err(QemuError::from)
-            .and_then(|mut client| {
-                let pieces = self.pieces_from_qmp(&mut client)?;
-                self.ask_page_table_roots(&mut client);
-                Ok(pieces)
-            });
-        match pieces {
-            Ok(pieces) => Ok(Some(pieces)),
-            Err(error) if required => Err(error),
-            Err(error) => {
-                self.notes
-                    .push(format!("{error}; RAM was located without QMP"));
-                Ok(None)
+        let mut failures = Vec::new();
+        for monitor in monitors {
+            if monitor.busy {
+                let path = monitor.path.display();
+                failures.push(format!(
+                    "QMP at {path} is in use by another client; RAM was located without it"
+                ));
+                continue;
+            }
+            match self.ask_qmp_at(&monitor.path) {
+                Ok(pieces) => return Ok(Some(pieces)),
+                Err(error) => failures.push(format!("{error}; RAM was located without it")),
             }
         }
+        self.notes.extend(failures);
+        Ok(None)
+    }
+
+    fn ask_qmp_at(&mut self, path: &Path) -> Result<Vec<HostRegion>, QemuError> {
+        let mut client = QmpClient::connect(path, self.options.timeout)?;
+        let notes = self.notes.len();
+        let pieces = self.pieces_from_qmp(&mut client);
+        match &pieces {
+            Ok(_) => self.ask_page_table_roots(&mut client),
+            // What it said is not what is used.
+            Err(_) => self.notes.truncate(notes),
+        }
+        pieces
     }
 
     /// A hint, no more: a QEMU that does not tell is no worse a target.

@@ -54,7 +54,9 @@ pub enum QmpError {
         source: std::io::Error,
     },
     /// Somebody else is connected: QEMU serves one client at a time.
-    #[error("QMP at {path} is in use by another client (libvirt, a management tool)")]
+    #[error(
+        "QMP at {path} did not greet: another client is connected (libvirt, a management tool), or QEMU hangs"
+    )]
     Busy {
         /// The socket.
         path: PathBuf,

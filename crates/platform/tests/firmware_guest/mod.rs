@@ -64,6 +64,7 @@ impl FirmwareGuest {
         let machine_name = match machine {
             Machine::Q35 => "q35",
             Machine::I440fx => "pc",
+            Machine::Microvm => "microvm",
         };
         let show = |name: &str| path(name).display().to_string();
         let process = Command::new("qemu-system-x86_64")
