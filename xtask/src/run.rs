@@ -64,3 +64,18 @@ pub fn step(name: &str, step: impl FnOnce() -> Result<()>) -> Result<()> {
     println!("== {name}: done in {:.1} s", start.elapsed().as_secs_f64());
     Ok(())
 }
+
+/// The folder that cargo builds into.
+///
+/// # Errors
+/// If cargo can't say.
+pub fn target_folder() -> Result<PathBuf> {
+    let metadata = output(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
+    // The one path of this name; a JSON parser would be all that needs one here.
+    let folder = metadata
+        .split_once("\"target_directory\":\"")
+        .and_then(|(_, rest)| rest.split_once('"'));
+    folder
+        .map(|(folder, _)| PathBuf::from(folder))
+        .context("cargo metadata names no target folder")
+}

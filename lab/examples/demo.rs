@@ -1,0 +1,201 @@
+//! Boots a guest that was started with no special option and shows it from
+//! outside with `secmon`, next to what the guest says of itself.
+//!
+//! `cargo xtask demo` builds `secmon` and runs this.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use secmon_lab::{Backing, Guest, QmpAccess, Suite, Workload};
+use serde_json::Value;
+
+const NAME: &str = "web1";
+
+/// A table, and what of it the guest is asked for itself.
+struct Comparison {
+    table: &'static str,
+    /// What is shown of it here.
+    arguments: &'static [&'static str],
+    /// The columns that are compared.
+    columns: &'static [&'static str],
+    /// The same columns as the guest tells them, a line a row.
+    truth: fn(&Guest) -> Result<BTreeSet<String>>,
+}
+
+const COMPARISONS: &[Comparison] = &[
+    Comparison {
+        table: "ps",
+        arguments: &["--filter", "kernel_thread=false", "--limit", "14"],
+        columns: &["pid", "ppid", "exe"],
+        truth: |guest| {
+            let processes = guest.truth().processes()?;
+            let row = |process: &secmon_lab::truth::Process| {
+                let exe = process
+                    .exe
+                    .as_ref()
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
+                format!("{} {} {exe}", process.pid, process.ppid)
+            };
+            Ok(processes.iter().map(row).collect())
+        },
+    },
+    Comparison {
+        table: "modules",
+        arguments: &["--limit", "10"],
+        columns: &["name", "base", "size"],
+        truth: |guest| {
+            let modules = guest.truth().modules()?;
+            let row = |module: &secmon_lab::truth::Module| {
+                format!("{} {:#x} {}", module.name, module.address, module.size)
+            };
+            Ok(modules.iter().map(row).collect())
+        },
+    },
+    Comparison {
+        table: "sockets",
+        arguments: &["--filter", "protocol~^(tcp|udp)", "--limit", "12"],
+        columns: &["protocol", "inode"],
+        truth: |guest| {
+            let sockets = guest.truth().sockets()?;
+            let listed = sockets.iter().filter(|socket| socket.inode != 0);
+            Ok(listed
+                .map(|socket| format!("{} {}", socket.protocol, socket.inode))
+                .collect())
+        },
+    },
+    Comparison {
+        table: "files",
+        arguments: &["--filter", "type!=character_device", "--limit", "14"],
+        columns: &["pid", "fd", "path"],
+        truth: |guest| {
+            let files = guest.truth().files()?;
+            let row = |file: &secmon_lab::truth::OpenFile| {
+                format!("{} {} {}", file.pid, file.fd, file.path)
+            };
+            Ok(files.iter().map(row).collect())
+        },
+    },
+];
+
+fn main() -> Result<()> {
+    let secmon = PathBuf::from(
+        std::env::args_os()
+            .nth(1)
+            .context("the path of the secmon program as first argument")?,
+    );
+    println!("Booting Linux 6.12 from Debian's archive in QEMU, with no special option …");
+    let start = Instant::now();
+    let workload = Workload {
+        processes: 40,
+        ..Workload::rich()
+    };
+    let guest = Guest::builder(Suite::Trixie)
+        .name(NAME)
+        .backing(Backing::Plain)
+        .qmp(QmpAccess::None)
+        .workload(workload)
+        .boot()?;
+    println!(
+        "Up after {:.1} s under {}: QEMU process {}.\n",
+        start.elapsed().as_secs_f32(),
+        guest.acceleration().name(),
+        guest.pid()
+    );
+    show(&secmon, &["targets"])?;
+    show(&secmon, &["info"])?;
+    for comparison in COMPARISONS {
+        let mut words = vec![comparison.table];
+        words.extend(comparison.arguments);
+        show(&secmon, &words)?;
+        compare(&secmon, &guest, comparison)?;
+    }
+    Ok(())
+}
+
+fn command(secmon: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new(secmon);
+    command.args(["-t", &format!("qemu:{NAME}")]).args(words);
+    command
+}
+
+/// Runs `secmon` on the guest so that its output is seen.
+fn show(secmon: &Path, words: &[&str]) -> Result<()> {
+    println!("$ secmon -t qemu:{NAME} {}", words.join(" "));
+    let start = Instant::now();
+    let status = command(secmon, words).status().context("starting secmon")?;
+    ensure!(status.success(), "secmon {words:?}: {status}");
+    println!("[{:.0} ms]\n", start.elapsed().as_secs_f32() * 1000.0);
+    Ok(())
+}
+
+/// The rows of the columns that are compared, as `secmon` tells them.
+fn from_outside(secmon: &Path, comparison: &Comparison) -> Result<BTreeSet<String>> {
+    let columns = comparison.columns.join(",");
+    let words = [
+        comparison.table,
+        "--all-namespaces",
+        "--format",
+        "json",
+        "--columns",
+        &columns,
+    ];
+    let output = command(secmon, &words)
+        .output()
+        .context("starting secmon")?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let rows: Vec<Value> = serde_json::from_slice(&output.stdout).context("secmon's JSON")?;
+    let cell = |row: &Value, column: &str| match &row[column] {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let line = |row: &Value| {
+        comparison
+            .columns
+            .iter()
+            .map(|column| cell(row, column))
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    Ok(rows.iter().map(line).collect())
+}
+
+/// Says how many rows both sides have. What only one of them has must have
+/// come or gone meanwhile: it is not in what the guest says before and after.
+fn compare(secmon: &Path, guest: &Guest, comparison: &Comparison) -> Result<()> {
+    let before = (comparison.truth)(guest)?;
+    let outside = from_outside(secmon, comparison)?;
+    let after = (comparison.truth)(guest)?;
+    let lasting: BTreeSet<_> = before.intersection(&after).cloned().collect();
+    let known: BTreeSet<_> = before.union(&after).cloned().collect();
+    let missing: Vec<_> = lasting.difference(&outside).collect();
+    // A socket that no file holds is in no list of inodes.
+    let invented: Vec<_> = outside
+        .difference(&known)
+        .filter(|row| comparison.table != "sockets" || !row.ends_with(" 0"))
+        .collect();
+    println!(
+        "   The guest itself lists {} of these ({}); {} seen from outside agree, {} missing, {} not \
+         known to the guest.\n",
+        lasting.len(),
+        comparison.columns.join(", "),
+        lasting.intersection(&outside).count(),
+        missing.len(),
+        invented.len()
+    );
+    if !missing.is_empty() || !invented.is_empty() {
+        bail!(
+            "{}: missing {missing:?}, not known to the guest {invented:?}",
+            comparison.table
+        );
+    }
+    Ok(())
+}
