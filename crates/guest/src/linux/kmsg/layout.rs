@@ -155,7 +155,7 @@ pub fn log_from_core_information(text: &[u8]) -> Option<LogLayout> {
 /// The layouts of all kernels so far: the descriptor ring with and without
 /// `last_finalized_id` (or `_seq`) behind it, `printk_info` with and without
 /// the name of the thread.
-fn known_layouts() -> impl Iterator<Item = RingLayout> {
+pub fn known_layouts() -> impl Iterator<Item = RingLayout> {
     let older = RingLayout {
         count_bits: 0,
         descriptors: 8,
