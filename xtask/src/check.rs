@@ -55,13 +55,16 @@ pub fn bench() -> Result<()> {
 }
 
 fn bench_with(arguments: &[&str]) -> Result<()> {
+    run(cargo().args(["build", "--release", "--package", "secmon"]))?;
+    run(cargo().args(["bench", "--package", "secmon-benches", "--benches"]))?;
     run(cargo()
         .args([
-            "bench",
+            "run",
+            "--release",
             "--package",
             "secmon-benches",
-            "--bench",
-            "limits",
+            "--bin",
+            "report",
             "--",
         ])
         .args(arguments))

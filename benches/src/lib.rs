@@ -1,0 +1,5 @@
+//! What the measurements share: the image that they are made on.
+#![forbid(unsafe_code)]
+
+pub mod image;
+pub mod process;
