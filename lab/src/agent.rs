@@ -30,11 +30,12 @@ fn build() -> Result<PathBuf> {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("truth/Cargo.toml");
     // A folder of its own: a test runs under a cargo that may hold the lock
     // of the usual one, and the flags here would undo its fingerprints.
+    // A relative CARGO_TARGET_DIR is relative to where cargo was started,
+    // which isn't known here.
     let folder = env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(
-            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
-            PathBuf::from,
-        )
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"))
         .join("secmon-truth");
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(&cargo)

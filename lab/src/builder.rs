@@ -97,7 +97,7 @@ impl GuestBuilder {
             qemu_arguments: Vec::new(),
             workload: Workload::small(),
             acceleration: None,
-            boot_timeout: Duration::from_secs(120),
+            boot_timeout: Duration::from_secs(300),
         }
     }
 

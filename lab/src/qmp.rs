@@ -31,7 +31,7 @@ pub enum DumpFormat {
     ElfPaging,
     /// kdump-compressed with zlib (QEMU's flattened form).
     KdumpZlib,
-    /// kdump-compressed with LZO.
+    /// kdump-compressed with LZO; Debian's QEMU is built without.
     KdumpLzo,
     /// kdump-compressed with snappy.
     KdumpSnappy,

@@ -156,6 +156,18 @@ impl TruthChannel {
         })
     }
 
+    /// Asks the guest to switch itself off, which ends QEMU; there is no
+    /// answer to wait for.
+    pub fn power_off(&self) -> Result<()> {
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut line = serde_json::to_vec(&Request::Exit)?;
+        line.push(b'\n');
+        stream
+            .get_mut()
+            .write_all(&line)
+            .context("cannot send to the guest")
+    }
+
     fn truth<T: DeserializeOwned>(&self, section: Section) -> Result<T> {
         self.ask(&Request::Truth { section })
     }

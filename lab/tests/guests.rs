@@ -1,9 +1,11 @@
 //! Boots guests and checks that they are what a test will take them for.
 
 use std::collections::BTreeSet;
+use std::io::Read as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use secmon_lab::qmp::DumpFormat;
 use secmon_lab::truth::{FileKind, Process};
 use secmon_lab::{Backing, Guest, Machine, Paging, QmpAccess, Suite, Workload};
 
@@ -50,7 +52,7 @@ fn rich(suite: Suite) -> anyhow::Result<()> {
         let found = processes.iter().find(|process| process.pid == pid);
         found.unwrap_or_else(|| panic!("no process {pid} for {name}"))
     };
-    assert!(role("exe-deleted").exe_deleted);
+    assert!(role("exe-deleted").exe_deleted && role("exe-deleted-twin").exe_deleted);
     assert_eq!(
         role("exe-deleted").exe.as_ref().unwrap(),
         &"/tmp/deleted program"
@@ -73,8 +75,21 @@ fn rich(suite: Suite) -> anyhow::Result<()> {
 
     let threads = truth.threads()?;
     assert!(threads.len() > processes.len() + 30);
-    let kinds: BTreeSet<_> = truth
-        .files()?
+    let files = truth.files()?;
+    // The mark of a deleted file, and names that only look like it.
+    for (name, deleted) in [
+        ("deleted", true),
+        ("anew", true),
+        ("link one", true),
+        ("kept (deleted)", false),
+        ("new name", false),
+    ] {
+        let path = format!("/tmp/files/{name}");
+        let file = files.iter().find(|file| file.path == path.as_str());
+        let file = file.unwrap_or_else(|| panic!("no open {path}"));
+        assert_eq!(file.deleted, deleted, "{path}");
+    }
+    let kinds: BTreeSet<_> = files
         .iter()
         .map(|file| format!("{:?}", file.kind))
         .collect();
@@ -287,6 +302,33 @@ fn a_guest_that_panics_says_so_soon() {
     let text = format!("{error:#}");
     assert!(text.contains("Kernel panic"), "{text}");
     assert!(text.contains("QEMU ended"), "{text}");
+}
+
+#[test]
+fn a_guest_can_be_dumped_and_switched_off() -> anyhow::Result<()> {
+    let guest = Guest::builder(Suite::Bookworm).boot()?;
+    for (format, magic) in [
+        (DumpFormat::Elf, &b"\x7fELF"[..]),
+        (DumpFormat::ElfPaging, b"\x7fELF"),
+        (DumpFormat::KdumpZlib, b"makedumpfile"),
+        (DumpFormat::KdumpSnappy, b"makedumpfile"),
+    ] {
+        let file = guest.folder().join("dump");
+        guest.while_stopped(|control| control.dump(&file, format))?;
+        let mut start = vec![0; magic.len()];
+        std::fs::File::open(&file)?.read_exact(&mut start)?;
+        assert_eq!(start, magic, "{format:?}");
+        std::fs::remove_file(file)?;
+    }
+    guest.truth().power_off()?;
+    let start = Instant::now();
+    while guest.truth().info().is_ok() {
+        assert!(
+            start.elapsed() < Duration::from_secs(30),
+            "it still answers"
+        );
+    }
+    Ok(())
 }
 
 #[test]

@@ -39,7 +39,8 @@ pub struct Process {
     /// The executable's path, without the mark of a deleted one; none for a
     /// kernel thread, a zombie, and a process whose link can't be read.
     pub exe: Option<ByteString>,
-    /// Whether the executable was deleted (its inode has no name any more).
+    /// Whether the name it was executed by is deleted; the text of the link
+    /// alone doesn't tell (a name may end in ` (deleted)`).
     pub exe_deleted: bool,
     /// The arguments, `/proc/<pid>/cmdline` split at NUL bytes.
     pub cmdline: Vec<ByteString>,
@@ -243,7 +244,8 @@ pub struct OpenFile {
     /// Path without the mark of a deleted file; the link's text for what
     /// has no path (`socket:[…]`, `anon_inode:[…]`).
     pub path: ByteString,
-    /// The inode has no name any more. Never true for what can't have one.
+    /// The name it was opened by is deleted, though the inode may have
+    /// others; a memfd's never existed and counts as deleted.
     pub deleted: bool,
     /// What it is, from `stat` and the link.
     pub kind: FileKind,

@@ -39,7 +39,7 @@ pub use programs::{play, role};
 const WORKER: &str = "/bin/lab-worker";
 
 /// How long the workload may take to stand, emulated on a loaded machine.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What was made.
 pub struct Made {

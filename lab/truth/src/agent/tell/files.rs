@@ -6,8 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 
 use secmon_truth::{ByteString, FileKind, OpenFile};
 
-use super::processes::without_mark;
-use super::{link, numbers, pids};
+use super::{link, numbers, pids, split_mark};
 
 /// Every descriptor of every process.
 pub fn files() -> io::Result<Vec<OpenFile>> {
@@ -45,13 +44,13 @@ fn open_file(pid: i32, fd: i32) -> Option<OpenFile> {
         }
     }
     let kind = kind(metadata.mode(), &link);
-    let deleted = metadata.nlink() == 0 && link.0.ends_with(b" (deleted)");
+    let (path, deleted) = split_mark(pid, &link, &metadata);
     let node = matches!(kind, FileKind::CharacterDevice | FileKind::BlockDevice)
         .then(|| device(metadata.rdev()));
     Some(OpenFile {
         pid,
         fd: fd as u32,
-        path: without_mark(link.clone(), deleted),
+        path,
         link,
         deleted,
         kind,

@@ -13,10 +13,11 @@ pub mod namespaces;
 pub mod processes;
 pub mod sockets;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use secmon_truth::ByteString;
@@ -76,6 +77,29 @@ fn unescape_octal(text: &[u8], escaped: &[u8]) -> ByteString {
         }
     }
     ByteString(bytes)
+}
+
+/// Splits the mark ` (deleted)` off a link's text, if it is a mark: a name may
+/// end like it. It is one unless the whole text names the same inode, seen
+/// from the process's root or from ours.
+fn split_mark(pid: i32, link: &ByteString, metadata: &fs::Metadata) -> (ByteString, bool) {
+    let Some(bare) = link.0.strip_suffix(b" (deleted)") else {
+        return (link.clone(), false);
+    };
+    let text = OsStr::from_bytes(&link.0);
+    let named_so = [format!("/proc/{pid}/root"), String::new()]
+        .into_iter()
+        .any(|root| {
+            let mut path = OsString::from(root);
+            path.push(text);
+            fs::symlink_metadata(path)
+                .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino()))
+        });
+    if named_so {
+        (link.clone(), false)
+    } else {
+        (ByteString::from(bare), true)
+    }
 }
 
 /// A small text file without the newline at its end.

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 
 use secmon_truth::{ByteString, Capabilities, Cgroup, Process, Thread};
 
-use super::{link, namespace_inode, numbers, pids};
+use super::{link, namespace_inode, numbers, pids, split_mark};
 
 /// `PF_KTHREAD` of `include/linux/sched.h`, the same in all kernels here.
 const KERNEL_THREAD: u64 = 0x0020_0000;
@@ -35,8 +34,13 @@ fn process(pid: i32) -> Option<Process> {
     let status = Status::read(&folder)?;
     let kernel_thread = stat.number(9) & KERNEL_THREAD != 0;
     let exe_link = link(&format!("{folder}/exe"));
-    let exe_deleted = exe_link.is_some()
-        && fs::metadata(format!("{folder}/exe")).is_ok_and(|metadata| metadata.nlink() == 0);
+    let (exe, exe_deleted) = match (exe_link, fs::metadata(format!("{folder}/exe"))) {
+        (Some(link), Ok(metadata)) => {
+            let (path, deleted) = split_mark(pid, &link, &metadata);
+            (Some(path), deleted)
+        }
+        (link, _) => (link, false),
+    };
     let cmdline = fs::read(format!("{folder}/cmdline")).unwrap_or_default();
     Some(Process {
         pid,
@@ -51,7 +55,7 @@ fn process(pid: i32) -> Option<Process> {
         flags: stat.number(9),
         kernel_thread,
         start_time: stat.number(22),
-        exe: exe_link.map(|path| without_mark(path, exe_deleted)),
+        exe,
         exe_deleted,
         cmdline_unterminated: cmdline.last().is_some_and(|last| *last != 0),
         cmdline: split_at_nul(&cmdline),
@@ -114,14 +118,6 @@ fn comm(folder: &str) -> Option<ByteString> {
         bytes.pop();
     }
     Some(ByteString(bytes))
-}
-
-/// The path without ` (deleted)`, when the inode says that this is a mark.
-pub fn without_mark(path: ByteString, deleted: bool) -> ByteString {
-    match path.0.strip_suffix(b" (deleted)") {
-        Some(bare) if deleted => ByteString::from(bare),
-        _ => path,
-    }
 }
 
 fn split_at_nul(bytes: &[u8]) -> Vec<ByteString> {
