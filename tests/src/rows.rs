@@ -21,6 +21,10 @@ pub enum Expected {
     OneOf(Vec<Value>),
     /// A number or time (nanoseconds) in this range, both ends included.
     Between(i128, i128),
+    /// A list of these, in any order.
+    Same(Vec<Value>),
+    /// A list with all of these in it, and maybe others.
+    Includes(Vec<Value>),
     /// Whatever could not be read or whatever value: not compared.
     Anything,
 }
@@ -106,9 +110,26 @@ impl Expected {
             Self::Between(low, high) => {
                 as_number(value).is_some_and(|number| *low <= number && number <= *high)
             }
+            Self::Same(expected) => match value {
+                Value::List(found) => found.len() == expected.len() && includes(found, expected),
+                _ => false,
+            },
+            Self::Includes(expected) => match value {
+                Value::List(found) => includes(found, expected),
+                _ => false,
+            },
             Self::Anything => true,
         }
     }
+}
+
+/// Whether each of `wanted` is in the list, as often as it is wanted.
+fn includes(list: &[Value], wanted: &[Value]) -> bool {
+    let mut left: Vec<&Value> = list.iter().collect();
+    wanted.iter().all(|wanted| {
+        let at = left.iter().position(|value| equal(value, wanted));
+        at.map(|at| left.swap_remove(at)).is_some()
+    })
 }
 
 /// The key as text: equal for values that [`equal`] calls equal.
@@ -331,6 +352,18 @@ mod tests {
         assert_eq!(differences(&before, &[row(1, "old")], &after), 0);
         assert_eq!(differences(&before, &[row(1, "new")], &after), 0);
         assert_eq!(differences(&before, &[row(1, "other")], &after), 1);
+    }
+
+    #[test]
+    fn lists_in_any_order() {
+        let list = |numbers: &[u64]| numbers.iter().map(|n| Value::from(*n)).collect::<Vec<_>>();
+        let found = Value::List(list(&[1, 2, 2]));
+        assert!(Expected::Same(list(&[2, 1, 2])).accepts(&found));
+        assert!(!Expected::Same(list(&[2, 1, 1])).accepts(&found));
+        assert!(!Expected::Same(list(&[2, 1])).accepts(&found));
+        assert!(Expected::Includes(list(&[2, 1])).accepts(&found));
+        assert!(!Expected::Includes(list(&[1, 1])).accepts(&found));
+        assert!(!Expected::Includes(list(&[])).accepts(&Value::Null));
     }
 
     #[test]

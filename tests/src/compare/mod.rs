@@ -1,11 +1,16 @@
 //! One file a table: the rows it should have, made from the guest's own truth.
 
+mod bpf;
 mod env;
 mod files;
+mod interfaces;
+mod kmsg;
 mod maps;
+mod modules;
 mod mounts;
 mod namespaces;
 mod processes;
+mod sockets;
 mod threads;
 
 use anyhow::Result;
@@ -92,6 +97,11 @@ pub static CHECKS: &[Check] = &[
     maps::MAPS,
     mounts::MOUNTS,
     env::ENV,
+    modules::MODULES,
+    sockets::SOCKETS,
+    interfaces::INTERFACES,
+    kmsg::KMSG,
+    bpf::BPF,
 ];
 
 /// A table's rows, read between two truths.
