@@ -161,7 +161,7 @@ pub struct Common {
     #[arg(short, long, global = true, help_heading = "Output")]
     pub verbose: bool,
 
-    /// Neither use nor write the cache of kernel profiles
+    /// Neither use nor write the cache of kernel profiles, whatever --cache-dir says
     #[arg(long, global = true, help_heading = "Cache and sandbox")]
     pub no_cache: bool,
 
@@ -172,7 +172,6 @@ pub struct Common {
         env = "SECMON_CACHE_DIR",
         hide_env = true,
         global = true,
-        conflicts_with = "no_cache",
         help_heading = "Cache and sandbox"
     )]
     pub cache_dir: Option<PathBuf>,

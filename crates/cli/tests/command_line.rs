@@ -8,10 +8,15 @@ use std::process::{Command, Output, Stdio};
 fn secmon(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_secmon"));
     command.args(arguments);
-    for name in ["SECMON_TARGET", "SECMON_CACHE_DIR", "NO_COLOR"] {
+    for name in [
+        "SECMON_TARGET",
+        "SECMON_CACHE_DIR",
+        "XDG_CACHE_HOME",
+        "NO_COLOR",
+    ] {
         command.env_remove(name);
     }
-    command.env("HOME", "/nonexistent");
+    command.env("HOME", env!("CARGO_TARGET_TMPDIR"));
     command.stdin(Stdio::null());
     command
 }
@@ -375,4 +380,16 @@ fn dumps_hold_the_memory_and_are_confined_to_their_folder() {
         &run(&["-t", &image, "dump", "/nonexistent/x/dump"]),
         &["/nonexistent/x"],
     );
+}
+
+#[test]
+fn options_win_over_the_environment() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let image = file(folder.path(), "image", &vec![0; 1 << 20]);
+    let mut command = secmon(&["--no-cache", "-t", &image, "read", "phys:0", "-l", "1"]);
+    command.env("SECMON_CACHE_DIR", folder.path().join("cache"));
+    command.env("SECMON_TARGET", "file:/nonexistent/other");
+    let output = command.output().expect("secmon runs");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!folder.path().join("cache").exists());
 }

@@ -215,3 +215,33 @@ fn a_paused_guest_always_runs_again() {
     assert!(said.contains("--pause-limit"), "{said}");
     assert!(watched.is_running());
 }
+
+#[test]
+fn hostile_names_stay_names() {
+    let watched = Watched::boot(Backing::File, Workload::rich());
+    let truth = watched.guest.truth().processes().expect("the truth");
+    let odd = truth
+        .iter()
+        .filter(|process| {
+            process
+                .comm
+                .as_bytes()
+                .iter()
+                .any(|byte| !(b' '..=b'~').contains(byte))
+        })
+        .count();
+    assert!(odd > 0, "the workload has odd names");
+    for format in ["table", "csv", "json", "ndjson"] {
+        let output = watched.run(&["ps", "-c", "all", "--format", format]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        let text = String::from_utf8(output.stdout).expect("UTF-8 whatever the guest's bytes");
+        let acting = text.chars().find(|c| c.is_control() && *c != '\n');
+        assert_eq!(acting, None, "{format}");
+    }
+    let all = watched.rows(&["ps"]);
+    let pids: Vec<i64> = all.iter().filter_map(|row| row["pid"].as_i64()).collect();
+    for process in truth.iter().filter(|process| !process.kernel_thread) {
+        assert!(pids.contains(&process.pid.into()), "{process:?}");
+    }
+}
