@@ -110,12 +110,12 @@ impl<'a> Session<'a> {
             format: self.common.image_format.map(Into::into),
             ..OpenOptions::default()
         };
-        let opened = target
-            .open(&options)
-            .with_context(|| match &self.common.layout {
-                Some(layout) => format!("target {text} with --layout {layout}"),
-                None => format!("target {text}"),
-            })?;
+        // Its error names the target itself.
+        let opened = target.open(&options);
+        let opened = match &self.common.layout {
+            Some(layout) => opened.with_context(|| format!("with --layout {layout}"))?,
+            None => opened?,
+        };
         for note in &opened.notes {
             self.reporter.warn(note);
         }

@@ -106,7 +106,10 @@ fn bad_targets_are_named() {
         &run(&["-t", "file:/nonexistent/image", "kmsg"]),
         &["/nonexistent/image", "No such file"],
     );
-    assert_error(&run(&["-t", "file:/", "kmsg"]), &["directory"]);
+    assert_error(
+        &run(&["-t", "file:/", "kmsg"]),
+        &["file /", "neither a file"],
+    );
     assert_error(
         &run(&["-t", "qemu:no such guest", "kmsg"]),
         &["no such guest"],

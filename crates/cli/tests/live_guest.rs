@@ -122,7 +122,7 @@ fn a_guest_is_shown_as_it_is() {
     assert_eq!(same.stdout, banner.stdout);
 
     // A process's own memory: its program starts as every program does.
-    let maps = watched.rows(&["maps", "--pid", "1", "--limit", "1"]);
+    let maps = watched.rows(&["maps", "--pid", "1", "-w", "path=/init", "-w", "offset=0"]);
     let start = maps[0]["start"].as_str().expect("an address");
     let program = watched.run(&["read", &format!("1:{start}"), "--raw", "-l", "4"]);
     assert_eq!(program.stdout, b"\x7fELF", "{program:?}");
