@@ -16,7 +16,7 @@ use secmon_memory::{CachedMemory, Freshness, PhysicalMemory, Volatility};
 use secmon_platform::layout::{Machine, RamLayout};
 use secmon_platform::qemu::{Access, Pause, PauseError};
 use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
-use secmon_profile::{Cache, FindOptions, Search};
+use secmon_profile::{Cache, CacheOutcome, FindOptions, Search};
 
 use crate::arguments::Common;
 use crate::command::RESUME_WATCH;
@@ -245,6 +245,12 @@ impl<'a> Session<'a> {
             kernel.evidence.profile,
             kernel.evidence.tables,
         ));
+        match &kernel.evidence.cache {
+            outcome @ (CacheOutcome::Rejected { .. } | CacheOutcome::Unavailable(_)) => {
+                self.reporter.warn(outcome);
+            }
+            outcome => self.reporter.note(format_args!("{outcome}")),
+        }
         for conflict in &kernel.conflicts {
             self.reporter.warn(conflict);
         }

@@ -17,6 +17,7 @@
 //! damaged file is reported, and replaced. Whoever can write to the folder can
 //! make symbols not be found, and no more.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -65,6 +66,27 @@ pub enum CacheOutcome {
     },
     /// There is no folder to keep it in, or it can't be written.
     Unavailable(String),
+}
+
+impl fmt::Display for CacheOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotUsed => f.write_str("the profile cache was not used"),
+            Self::Hit(path) => write!(f, "the profile is from {}", path.display()),
+            Self::Stored(path) => write!(f, "the profile was kept in {}", path.display()),
+            Self::Withheld => {
+                f.write_str("the profile was not kept, as something in the guest contradicts it")
+            }
+            Self::Rejected { path, reason } => {
+                let path = path.display();
+                write!(
+                    f,
+                    "{path} can't be used as a profile ({reason}); it was made anew"
+                )
+            }
+            Self::Unavailable(reason) => write!(f, "profiles can't be kept: {reason}"),
+        }
+    }
 }
 
 /// Why a file of the cache can't be used.
