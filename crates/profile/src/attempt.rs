@@ -16,8 +16,8 @@ use crate::tables::{self, Candidate};
 use crate::types::{HEADER_LENGTH, Header};
 use crate::{
     BtfError, BuildId, CacheOutcome, Conflict, Evidence, FindOptions, Isf, IsfError, Kernel,
-    MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, Search, Subject, Symbols, Types,
-    VmcoreInfo,
+    MAXIMUM_BTF_LENGTH, Profile, ProfileError, ProfileFrom, RootFrom, Search, Subject, Symbols,
+    Types, VmcoreInfo,
 };
 
 /// The start of a BTF blob of a kernel, its header's length included.
@@ -468,7 +468,7 @@ impl<'a> Attempt<'a> {
 
     /// Finds the rest by the symbols.
     fn finish(mut self, profile: Profile, from: ProfileFrom) -> Kernel {
-        let root = self.root(&profile.symbols);
+        let (root, root_from) = self.root(&profile.symbols);
         let space = AddressSpace::new(self.memory.clone(), root, self.candidate.mode);
         let usual = match space.mode() {
             PagingMode::FourLevel => FOUR_LEVEL_LAYOUT,
@@ -496,6 +496,7 @@ impl<'a> Attempt<'a> {
             vmcoreinfo,
             evidence: Evidence {
                 tables: self.candidate.from,
+                root: root_from,
                 profile: from,
                 cache: self.cache,
             },
@@ -503,7 +504,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// The physical address of `init_top_pgt`.
-    fn root(&mut self, symbols: &Symbols) -> PhysicalAddress {
+    fn root(&mut self, symbols: &Symbols) -> (PhysicalAddress, RootFrom) {
         let named = ["init_top_pgt", "swapper_pg_dir"]
             .iter()
             .find_map(|name| symbols.address(name))
@@ -513,10 +514,13 @@ impl<'a> Attempt<'a> {
         if let Some(root) = named
             && tables::leads_to(memory, root, self.candidate.shared)
         {
-            return root;
+            return (root, RootFrom::Symbol);
         }
         let found = tables::roots_in_image(memory, self.candidate);
-        let root = found.first().copied().unwrap_or(self.candidate.root);
+        let (root, from) = match found.first() {
+            Some(root) => (*root, RootFrom::Image),
+            None => (self.candidate.root, RootFrom::Tables),
+        };
         if let Some(named) = named {
             self.conflict(
                 Subject::PageTables,
@@ -525,7 +529,7 @@ impl<'a> Attempt<'a> {
                 "the latter does not map the kernel as the tables in use do",
             );
         }
-        root
+        (root, from)
     }
 
     fn direct_map(

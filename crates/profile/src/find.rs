@@ -16,13 +16,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use secmon_memory::{PagingMode, PhysicalAddress, PhysicalMemory, VirtualAddress};
+use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
 
 use crate::attempt::Attempt;
 use crate::kernel::note;
 use crate::rivals;
 use crate::tables::{self, Candidate};
-use crate::{Conflict, Isf, IsfError, Kernel, Subject, TablesFrom};
+use crate::{Conflict, Isf, IsfError, Kernel, KernelImage, RootFrom, Subject, TablesFrom};
 
 /// Candidates that are looked at in full, each for some 50 ms.
 const MAXIMUM_ATTEMPTS: usize = 16;
@@ -116,7 +116,8 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
     if let [candidate] = &search.candidates[..] {
         attempts.attempt(candidate);
     }
-    if attempts.kernels.is_empty() || options.search == Search::Thorough {
+    let agrees = |(_, kernel): &(_, Kernel)| kernel.evidence.root == RootFrom::Symbol;
+    if !attempts.kernels.iter().any(agrees) || options.search == Search::Thorough {
         // None, or more than one: how many roots lead to each decides.
         search = merged(search, tables::all_candidates(&**memory));
         for candidate in search.candidates.iter().take(MAXIMUM_ATTEMPTS) {
@@ -125,16 +126,8 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
         search.complete &= search.candidates.len() <= MAXIMUM_ATTEMPTS;
     }
     let Attempts { kernels, error, .. } = attempts;
-    let chosen = search.candidates.iter().find(|candidate| {
-        kernels
-            .iter()
-            .any(|(shared, _)| *shared == candidate.shared)
-    });
-    let others: Vec<PhysicalAddress> = kernels.iter().map(|(shared, _)| *shared).collect();
-    let kernel = kernels
-        .into_iter()
-        .find(|(shared, _)| chosen.is_some_and(|candidate| candidate.shared == *shared));
-    let (Some(chosen), Some((_, mut kernel))) = (chosen, kernel) else {
+    let images: Vec<KernelImage> = kernels.iter().map(|(_, kernel)| kernel.image).collect();
+    let Some((chosen, mut kernel)) = choose(kernels, &search.candidates) else {
         return Err(match (error, search.candidates.first()) {
             (Some(error), _) => error.into(),
             (None, None) => FindError::NoPageTables {
@@ -147,11 +140,51 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
             },
         });
     };
-    report_others(&mut kernel.conflicts, chosen, &search, &others);
+    report_others(&mut kernel.conflicts, &chosen, &search, &images);
     if options.search == Search::Thorough {
         rivals::search_all(memory, &mut kernel);
     }
     Ok(kernel)
+}
+
+/// Whether two sets of tables map one kernel. They do if one is of the user
+/// half with page-table isolation, or with five levels if one is an inner
+/// table of the other.
+fn same_image(a: &KernelImage, b: &KernelImage) -> bool {
+    a.virtual_base == b.virtual_base && a.physical_base == b.physical_base
+}
+
+/// How many roots lead to an image, and whether a vCPU uses one of them.
+fn weight(image: &KernelImage, candidates: &[Candidate]) -> (bool, usize) {
+    let own = candidates
+        .iter()
+        .filter(|other| same_image(&other.image, image));
+    own.fold((false, 0), |(hinted, votes), candidate| {
+        let hint = matches!(candidate.from, TablesFrom::Hint(_));
+        (hinted | hint, votes + candidate.votes)
+    })
+}
+
+/// The kernel to believe in: the image that a vCPU uses, else the one that
+/// most roots lead to; of several sets of tables that map it the one that
+/// the kernel's own root belongs to.
+fn choose(
+    kernels: Vec<(PhysicalAddress, Kernel)>,
+    candidates: &[Candidate],
+) -> Option<(Candidate, Kernel)> {
+    kernels
+        .into_iter()
+        .filter_map(|(shared, kernel)| {
+            let candidate = candidates.iter().find(|other| other.shared == shared)?;
+            Some((candidate.clone(), kernel))
+        })
+        .min_by_key(|(candidate, kernel)| {
+            std::cmp::Reverse((
+                weight(&candidate.image, candidates),
+                kernel.evidence.root == RootFrom::Symbol,
+                candidate.votes,
+            ))
+        })
 }
 
 /// The candidates of two searches, the most credible first: what a vCPU uses
@@ -164,14 +197,6 @@ fn merged(quick: tables::Search, all: tables::Search) -> tables::Search {
             None => candidates.push(new),
         }
     }
-    // With five levels the table that all roots share looks like a root of
-    // four, and nothing else leads where it does.
-    let inner: Vec<PhysicalAddress> = candidates
-        .iter()
-        .filter(|candidate| candidate.mode == PagingMode::FiveLevel)
-        .map(|candidate| candidate.shared)
-        .collect();
-    candidates.retain(|candidate| candidate.votes > 1 || !inner.contains(&candidate.root));
     candidates.sort_by_key(|candidate| {
         let hinted = matches!(candidate.from, TablesFrom::Hint(_));
         std::cmp::Reverse((hinted, candidate.votes))
@@ -182,37 +207,41 @@ fn merged(quick: tables::Search, all: tables::Search) -> tables::Search {
     }
 }
 
-/// Notes every candidate that is not the chosen one; `kernels` says which of
-/// them led to a kernel.
+/// Notes every candidate that maps another image than the chosen one;
+/// `complete` are the images that hold a kernel.
 fn report_others(
     conflicts: &mut Vec<Conflict>,
     chosen: &Candidate,
     search: &tables::Search,
-    kernels: &[PhysicalAddress],
+    complete: &[KernelImage],
 ) {
-    let describe = |candidate: &Candidate| {
-        let what = match kernels.contains(&candidate.shared) {
+    let is_complete = |image: &KernelImage| complete.iter().any(|other| same_image(other, image));
+    let describe = |image: &KernelImage| {
+        let what = match is_complete(image) {
             true => "a complete kernel's",
             false => "an",
         };
+        let (_, votes) = weight(image, &search.candidates);
         format!(
-            "{} page-table roots that lead to {what} image at {} (physical {})",
-            candidate.votes, candidate.image.virtual_base, candidate.image.physical_base,
+            "{votes} page-table roots that lead to {what} image at {} (physical {})",
+            image.virtual_base, image.physical_base,
         )
     };
+    let mut seen = vec![chosen.image];
     for candidate in &search.candidates {
-        if candidate.shared == chosen.shared {
+        if seen.iter().any(|image| same_image(image, &candidate.image)) {
             continue;
         }
+        seen.push(candidate.image);
         let why = match chosen.from {
             TablesFrom::Hint(root) => format!("a vCPU uses the root at {root}"),
-            _ if kernels.contains(&candidate.shared) => "more roots lead there".to_owned(),
+            _ if is_complete(&candidate.image) => "more roots lead there".to_owned(),
             _ => "no symbol table that fits is in the other".to_owned(),
         };
         let conflict = Conflict {
             what: Subject::PageTables,
-            chosen: describe(chosen),
-            other: describe(candidate),
+            chosen: describe(&chosen.image),
+            other: describe(&candidate.image),
             why,
         };
         note(conflicts, conflict);
@@ -220,7 +249,7 @@ fn report_others(
     if !search.complete {
         let conflict = Conflict {
             what: Subject::PageTables,
-            chosen: describe(chosen),
+            chosen: describe(&chosen.image),
             other: "more tables of a kernel's shape than were looked at".to_owned(),
             why: "no guest without forgeries has that many".to_owned(),
         };

@@ -50,6 +50,8 @@ pub struct KernelImage {
 pub struct Evidence {
     /// What led to the page tables.
     pub tables: TablesFrom,
+    /// What led to the kernel's own root.
+    pub root: RootFrom,
     /// What led to symbols and types.
     pub profile: ProfileFrom,
     /// What became of the cache.
@@ -66,6 +68,20 @@ pub enum TablesFrom {
     /// A search of all pages; nothing below 1 MiB led to a kernel.
     #[default]
     Search,
+}
+
+/// What led to the kernel's own page-table root.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RootFrom {
+    /// The symbol `init_top_pgt`; the root there maps the kernel as the tables
+    /// that were found do.
+    Symbol,
+    /// A look at the image's pages for such a root, as the symbol is missing
+    /// or leads elsewhere.
+    Image,
+    /// The tables that were found, whosever they are: the image holds none.
+    #[default]
+    Tables,
 }
 
 /// What led to the symbols and types.

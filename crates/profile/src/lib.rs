@@ -57,7 +57,7 @@ pub use find::{Cache, FindError, FindOptions, Search, find};
 pub use isf::{Isf, IsfError};
 pub use kallsyms::KallsymsError;
 pub use kernel::{
-    Conflict, Evidence, Kernel, KernelImage, ProfileFrom, Subject, TablesFrom, VmcoreInfo,
+    Conflict, Evidence, Kernel, KernelImage, ProfileFrom, RootFrom, Subject, TablesFrom, VmcoreInfo,
 };
 pub use module::{ModuleError, ModuleSymbolTable, module_symbols, module_types};
 pub use notes::build_ids;

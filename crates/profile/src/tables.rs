@@ -76,12 +76,14 @@ pub(crate) struct Search {
 pub(crate) fn quick_candidates(memory: &dyn PhysicalMemory, hints: &[PhysicalAddress]) -> Search {
     let mut candidates = Candidates::new(memory);
     for hint in hints {
+        let given = PhysicalAddress::new(hint.as_u64() & FRAME);
         // With page-table isolation the user half of a pair of roots may be
-        // in use; the kernel's half is the page before it.
-        let root = hint.as_u64() & FRAME & !PAGE_SIZE;
-        for root in [root, root | PAGE_SIZE] {
-            let root = PhysicalAddress::new(root);
-            candidates.look_at(root, TablesFrom::Hint(root));
+        // in use; the kernel's half is the even page before it.
+        let kernel_half = PhysicalAddress::new(given.as_u64() & !PAGE_SIZE);
+        let known = candidates.found.len();
+        candidates.look_at(kernel_half, TablesFrom::Hint(given));
+        if candidates.found.len() == known {
+            candidates.look_at(given, TablesFrom::Hint(given));
         }
     }
     for page in (0..LOW_MEMORY_END).step_by(PAGE_SIZE as usize) {

@@ -310,7 +310,7 @@ fn copied_kernel(start: &Forged, truth: &Kernel) {
     }
     let kernel = found(&memory, &options());
     assert_same(&kernel, truth);
-    assert_conflict(&kernel, Subject::PageTables, "1 page-table root");
+    assert_conflict(&kernel, Subject::PageTables, "a complete kernel's image at");
 
     // A vCPU that runs on it decides otherwise.
     let hinted = FindOptions {
