@@ -33,7 +33,7 @@ pub enum DumpFormat {
     KdumpZlib,
     /// kdump-compressed with LZO; Debian's QEMU is built without.
     KdumpLzo,
-    /// kdump-compressed with snappy.
+    /// kdump-compressed with snappy; Debian's QEMU is built without.
     KdumpSnappy,
 }
 

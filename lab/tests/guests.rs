@@ -311,7 +311,6 @@ fn a_guest_can_be_dumped_and_switched_off() -> anyhow::Result<()> {
         (DumpFormat::Elf, &b"\x7fELF"[..]),
         (DumpFormat::ElfPaging, b"\x7fELF"),
         (DumpFormat::KdumpZlib, b"makedumpfile"),
-        (DumpFormat::KdumpSnappy, b"makedumpfile"),
     ] {
         let file = guest.folder().join("dump");
         guest.while_stopped(|control| control.dump(&file, format))?;
