@@ -53,6 +53,9 @@ pub fn report(
     }
     if query.table().name() == "diagnostics" {
         // Its rows are what would be told.
+        if strict && summary.rows > 0 {
+            bail!("not everything could be read (--strict), see the rows");
+        }
         return Ok(());
     }
     let total = tell_diagnostics(guest, reporter);

@@ -34,7 +34,7 @@ use arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions, TranslateArg
 use command::Action;
 use inspect::{Place, Sink};
 use query::Query;
-use report::Reporter;
+use report::{Advise, Reporter};
 use session::Session;
 
 /// The exit status of an error; 1 is kept for findings.
@@ -123,8 +123,10 @@ fn read(session: &Session<'_>, arguments: &ReadArguments, format: Format) -> Res
     fault::install();
     let sink = match (&arguments.output, format) {
         (Some(path), _) => {
-            let file =
-                File::create(path).with_context(|| format!("creating {}", path.display()))?;
+            // Never over a file that is there: it may be the image itself.
+            let file = File::create_new(path)
+                .with_context(|| format!("creating {}", path.display()))
+                .advise("an existing file is left as it is: remove it or choose another name")?;
             Sink::RawFile(file)
         }
         (None, _) if arguments.raw => Sink::RawStdout,

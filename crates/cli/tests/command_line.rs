@@ -205,6 +205,10 @@ fn physical_memory_is_read_without_a_kernel() {
     let target = folder.path().join("out");
     let written = read(&["--output", target.to_str().expect("UTF-8")]);
     assert!(written.status.success(), "{}", stderr(&written));
+    let image_path = image.trim_start_matches("file:");
+    let over_itself = read(&["--output", image_path]);
+    assert_error(&over_itself, &["exists", "choose another name"]);
+    assert_eq!(std::fs::read(image_path).expect("untouched"), content);
     assert_eq!(
         std::fs::read(&target).expect("written"),
         b"hello \x1b[31mworld"
