@@ -6,10 +6,10 @@
 
 use std::collections::HashSet;
 
-use secmon_memory::{ReadError, VirtualAddress};
+use secmon_memory::{AddressSpace, ReadError, VirtualAddress};
 
 use crate::linux::list::is_object_address;
-use crate::{Diagnostic, Guest, TableError, layout};
+use crate::{Diagnostic, Diagnostics, Guest, TableError, layout};
 
 /// More buckets than this are in no table that is walked here.
 const MOST_BUCKETS: u64 = 1 << 22;
@@ -58,7 +58,8 @@ pub fn members(
     let hash_table = guest.layout::<HashTableLayout>(table)?;
     let layout = guest.layout::<BucketTableLayout>(table)?;
     let mut walk = Walk {
-        guest,
+        space: guest.space(),
+        diagnostics: guest.diagnostics(),
         table,
         subject,
         offset,
@@ -75,7 +76,11 @@ pub fn members(
                     && arrays.len() < MOST_ARRAYS
                     && arrays.insert(array) =>
             {
-                if let Err(error) = walk.array(&layout, array) {
+                let outcome = guest.number(array, &layout.count).and_then(|count| {
+                    let nest = guest.number(array, &layout.nest)? as u32;
+                    walk.array(array.wrapping_add(layout.buckets.offset), count, nest)
+                });
+                if let Err(error) = outcome {
                     walk.complain(array, error.to_string());
                 }
                 next = guest.pointer(array, &layout.future);
@@ -94,7 +99,8 @@ pub fn members(
 }
 
 struct Walk<'w> {
-    guest: &'w Guest,
+    space: &'w AddressSpace,
+    diagnostics: &'w Diagnostics,
     table: &'static str,
     subject: &'w str,
     offset: u64,
@@ -104,7 +110,7 @@ struct Walk<'w> {
 
 impl Walk<'_> {
     fn complain(&self, address: VirtualAddress, reason: String) {
-        self.guest.diagnostics().record(Diagnostic {
+        self.diagnostics.record(Diagnostic {
             table: self.table,
             subject: self.subject.to_owned(),
             address: Some(address),
@@ -112,18 +118,12 @@ impl Walk<'_> {
         });
     }
 
-    fn array(
-        &mut self,
-        layout: &BucketTableLayout,
-        array: VirtualAddress,
-    ) -> Result<(), ReadError> {
-        let count = self.guest.number(array, &layout.count)?;
-        let nest = self.guest.number(array, &layout.nest)? as u32;
+    /// Walks an array of `count` buckets at `buckets`.
+    fn array(&mut self, buckets: VirtualAddress, count: u64, nest: u32) -> Result<(), ReadError> {
         if count > MOST_BUCKETS || !count.is_power_of_two() {
-            self.complain(array, format!("{count} is no number of buckets"));
+            self.complain(buckets, format!("{count} is no number of buckets"));
             return Ok(());
         }
-        let buckets = array.wrapping_add(layout.buckets.offset);
         if nest == 0 {
             return self.buckets(buckets, count);
         }
@@ -131,10 +131,7 @@ impl Walk<'_> {
         // to a page of pointers to pages, of which the last hold buckets. Each
         // page stands for 9 bits of the bucket's number, the first for `nest`.
         let mut left = count.trailing_zeros().saturating_sub(nest);
-        let mut pages = vec![(
-            self.guest.space().read_pointer(buckets)?,
-            1_u64 << nest.min(9),
-        )];
+        let mut pages = vec![(self.space.read_pointer(buckets)?, 1_u64 << nest.min(9))];
         for _ in 0..MOST_LEVELS {
             if left == 0 {
                 break;
@@ -142,15 +139,12 @@ impl Walk<'_> {
             let mut below = Vec::new();
             for (page, entries) in pages {
                 for index in 0..entries {
-                    let pointer = self
-                        .guest
-                        .space()
-                        .read_pointer(page.wrapping_add(index * 8))?;
-                    if is_object_address(self.guest.space(), pointer) {
+                    let pointer = self.space.read_pointer(page.wrapping_add(index * 8))?;
+                    if is_object_address(self.space, pointer) {
                         below.push((pointer, 1_u64 << left.min(9)));
                     }
                     if below.len() as u64 > MOST_BUCKETS {
-                        self.complain(array, "too many nested buckets".to_owned());
+                        self.complain(buckets, "too many nested buckets".to_owned());
                         return Ok(());
                     }
                 }
@@ -171,9 +165,7 @@ impl Walk<'_> {
         while index < count {
             let now = CHUNK.min(count - index);
             let part = bytes.get_mut(..(now * 8) as usize).unwrap_or_default();
-            self.guest
-                .space()
-                .read(first.wrapping_add(index * 8), part)?;
+            self.space.read(first.wrapping_add(index * 8), part)?;
             let heads: Vec<u64> = part
                 .chunks_exact(8)
                 .filter_map(|head| head.try_into().ok().map(u64::from_le_bytes))
@@ -189,8 +181,7 @@ impl Walk<'_> {
     fn chain(&mut self, head: VirtualAddress) {
         let mut node = head;
         while !node.is_null() && node.as_u64() & 1 == 0 {
-            if !is_object_address(self.guest.space(), node) {
-                // An empty bucket of old kernels points at itself.
+            if !is_object_address(self.space, node) {
                 self.complain(node, "a chain leads where no member can be".to_owned());
                 return;
             }
@@ -201,7 +192,7 @@ impl Walk<'_> {
                 self.complain(node, format!("more than {MOST_MEMBERS} members"));
                 return;
             }
-            let next = match self.guest.space().read_pointer(node) {
+            let next = match self.space.read_pointer(node) {
                 Ok(next) => next,
                 Err(error) => {
                     self.complain(node, error.to_string());
@@ -211,5 +202,88 @@ impl Walk<'_> {
             self.found.push(node.wrapping_sub(self.offset));
             node = next;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use secmon_memory::Volatility;
+
+    use super::*;
+    use crate::linux::synthetic::{BASE, Synthetic};
+
+    /// Buckets at 64 KiB, members from 128 KiB on, 16 bytes before their nodes.
+    const BUCKETS: u64 = BASE + 0x10000;
+    const MEMBERS: u64 = BASE + 0x20000;
+    const OFFSET: u64 = 16;
+    /// What ends a chain: any odd value.
+    const END: u64 = 1;
+
+    fn node(number: u64) -> u64 {
+        MEMBERS + number * 64 + OFFSET
+    }
+
+    fn member(number: u64) -> VirtualAddress {
+        VirtualAddress::new(node(number) - OFFSET)
+    }
+
+    fn walk(memory: &Synthetic, count: u64, nest: u32) -> (Vec<VirtualAddress>, usize) {
+        let (space, diagnostics) = (memory.space(), Diagnostics::default());
+        let mut walk = Walk {
+            space: &space,
+            diagnostics: &diagnostics,
+            table: "test",
+            subject: "test",
+            offset: OFFSET,
+            seen: HashSet::new(),
+            found: Vec::new(),
+        };
+        walk.array(VirtualAddress::new(BUCKETS), count, nest)
+            .expect("readable");
+        let found = walk.found;
+        (found, diagnostics.list().len())
+    }
+
+    #[test]
+    fn walks_chains_whether_their_buckets_are_locked_or_not() {
+        let memory = Synthetic::new(Volatility::Static);
+        // Two members behind a locked bucket, one behind a free one; the
+        // others are empty, as null and as an end mark.
+        memory.set(BUCKETS + 8, node(0) | 1);
+        memory.set(node(0), node(1));
+        memory.set(node(1), END);
+        memory.set(BUCKETS + 16, node(2));
+        memory.set(node(2), BUCKETS + 16 | END);
+        assert_eq!(
+            walk(&memory, 4, 0),
+            (vec![member(0), member(1), member(2)], 0)
+        );
+    }
+
+    #[test]
+    fn walks_nested_arrays() {
+        let memory = Synthetic::new(Volatility::Static);
+        // 4096 buckets: a page of 8 pointers to pages of 512 buckets.
+        let (top, page) = (BASE + 0x30000, BASE + 0x31000);
+        memory.set(BUCKETS, top);
+        memory.set(top + 5 * 8, page);
+        memory.set(page + 511 * 8, node(0));
+        memory.set(node(0), END);
+        assert_eq!(walk(&memory, 4096, 3), (vec![member(0)], 0));
+    }
+
+    #[test]
+    fn damage_ends_a_chain_not_the_walk() {
+        let memory = Synthetic::new(Volatility::Static);
+        memory.set(BUCKETS, node(0));
+        memory.set(node(0), 0x1234_5678);
+        memory.set(BUCKETS + 8, node(1));
+        memory.set(node(1), node(1));
+        memory.set(BUCKETS + 16, node(2));
+        memory.set(node(2), END);
+        let (found, complaints) = walk(&memory, 4, 0);
+        assert_eq!(found, [member(0), member(1), member(2)]);
+        assert_eq!(complaints, 1);
+        assert_eq!(walk(&memory, 3, 0), (Vec::new(), 1));
     }
 }
