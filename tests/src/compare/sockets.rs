@@ -177,7 +177,10 @@ impl<'t> Listing<'t> {
         };
         let states = states.iter().map(|state| Value::from(*state)).collect();
         row.insert("state", Expected::OneOf(states));
-        let name = socket.path.as_ref().map(|path| path.as_bytes());
+        let name = socket
+            .path
+            .as_ref()
+            .map(secmon_lab::truth::ByteString::as_bytes);
         let name = match name {
             None => Value::Null,
             Some([0, name @ ..]) => Value::text([b"@", name].concat()),

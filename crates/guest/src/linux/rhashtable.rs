@@ -253,7 +253,7 @@ mod tests {
         memory.set(node(0), node(1));
         memory.set(node(1), END);
         memory.set(BUCKETS + 16, node(2));
-        memory.set(node(2), BUCKETS + 16 | END);
+        memory.set(node(2), (BUCKETS + 16) | END);
         assert_eq!(
             walk(&memory, 4, 0),
             (vec![member(0), member(1), member(2)], 0)
