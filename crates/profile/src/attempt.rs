@@ -98,7 +98,15 @@ impl<'a> Attempt<'a> {
         };
         let hit = cached.is_some();
         let (symbols, location, seen) = match cached {
-            Some((symbols, location)) => (symbols, Some(location), Sightings::default()),
+            Some((symbols, location)) => {
+                // What has no symbol is found by a search alone.
+                let named = ["linux_banner", "__start_BTF"];
+                let seen = match named.iter().all(|name| symbols.address(name).is_some()) {
+                    true => Sightings::default(),
+                    false => self.look(),
+                };
+                (symbols, Some(location), seen)
+            }
             None => {
                 let seen = self.look();
                 match self.symbols(&seen.digits, isf) {
@@ -135,14 +143,22 @@ impl<'a> Attempt<'a> {
     }
 
     /// The symbols by a profile from the cache, if there is one that was made
-    /// for the very bytes in this image.
+    /// for the very bytes in this image. That there are others of the same
+    /// build id is a conflict, whichever is used.
     fn cached(&mut self, folder: &Folder) -> Option<(Symbols, Location)> {
+        let mut found = None;
+        let mut others = 0;
         for listed in folder.list() {
             let end = listed
                 .build_id_at
                 .checked_add(listed.build_id.as_bytes().len() as u64);
             let here = end.and_then(|end| self.image.bytes(listed.build_id_at..end));
             if here.as_deref() != Some(listed.build_id.as_bytes()) {
+                continue;
+            }
+            if found.is_some() {
+                // The file's name has the digest of the names it is for.
+                others += 1;
                 continue;
             }
             let stored = match folder.load(&listed) {
@@ -157,16 +173,7 @@ impl<'a> Attempt<'a> {
             };
             let raw = stored.location.read(&self.image);
             let Some(raw) = raw.filter(|raw| raw.digest() == stored.digest) else {
-                self.conflict(
-                    Subject::Cache,
-                    "the symbol names in the guest".to_owned(),
-                    format!(
-                        "those seen before in a kernel of build id {}",
-                        listed.build_id
-                    ),
-                    "one of the two was changed or forged its build id; only what is in \
-                     the guest at hand is used",
-                );
+                others += 1;
                 continue;
             };
             let location = stored.location;
@@ -175,10 +182,19 @@ impl<'a> Attempt<'a> {
                 && locate::fits(&self.image, &symbols)
             {
                 self.cache = CacheOutcome::Hit(listed.path);
-                return Some((symbols, location));
+                found = Some((symbols, location));
             }
         }
-        None
+        if others > 0 {
+            self.conflict(
+                Subject::Cache,
+                "the symbol names in the guest".to_owned(),
+                format!("{others} other sets of names seen before in kernels of its build id"),
+                "somebody changed one of these kernels or forged its build id; only what is \
+                 in the guest at hand is used",
+            );
+        }
+        found
     }
 
     /// Keeps what was found for the next run, unless something contradicts

@@ -601,6 +601,7 @@ fn spoilt_cache(start: &Forged, truth: &Kernel) {
     for (memory, odd) in [(&memory, true), (start, false)] {
         let again = found(memory, &cached);
         assert_eq!(again.evidence.profile, ProfileFrom::Cache);
+        assert_conflict(&again, Subject::Cache, "seen before");
         let any = again
             .profile
             .symbols()
