@@ -11,6 +11,7 @@ use super::file::{
 };
 use super::path::{Path, PathError, is_kernel_pointer};
 use super::task::{Task, leaders};
+use super::tree::Patience;
 use crate::table::Items;
 use crate::{
     Column, Cost, Diagnostic, Guest, Kind, Selection, Shown, TableError, TableOf, Value, layout,
@@ -221,6 +222,7 @@ fn items(
         files_struct: guest.layout(TABLE)?,
         table: guest.layout(TABLE)?,
         live: guest.space().memory().volatility() == Volatility::Live,
+        patience: Patience::default(),
     };
     for task in leaders(guest, TABLE)? {
         if !selection.wants_pid(task.tgid.into()) || task.files.is_null() {
@@ -239,6 +241,7 @@ struct Reader<'g> {
     files_struct: Arc<FilesStructLayout>,
     table: Arc<FdTableLayout>,
     live: bool,
+    patience: Patience,
 }
 
 /// A descriptor table as it was at one moment.
@@ -255,15 +258,14 @@ impl Reader<'_> {
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 self.guest.diagnostics().count_torn_read();
+                self.patience.wait(attempt);
             }
             let table = match self.table(task.files) {
                 Ok(table) => table,
-                Err(error) if self.is_gone(task) => {
-                    let _: PathError = error;
-                    return ControlFlow::Continue(());
-                }
                 Err(error) => {
-                    self.record(task, "files_struct.fdt", Some(task.files), &error);
+                    if !self.is_gone(task) {
+                        self.record(task, "files_struct.fdt", Some(task.files), &error);
+                    }
                     return ControlFlow::Continue(());
                 }
             };
@@ -398,7 +400,10 @@ impl Reader<'_> {
         mut file: VirtualAddress,
         close_on_exec: bool,
     ) -> Option<Descriptor> {
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                self.patience.wait(attempt);
+            }
             let row = self.read(task, fd, file, close_on_exec);
             if !self.live {
                 return match row {

@@ -9,6 +9,7 @@ use super::file::{Files, Inode, initial_root};
 use super::memory_area::{Area, AreaModel, Mm};
 use super::path::{Path, PathError, is_kernel_pointer};
 use super::task::{Task, leaders};
+use super::tree::Patience;
 use crate::table::Items;
 use crate::{
     Column, Cost, Diagnostic, Guest, Kind, Selection, Shown, TableError, TableOf, Text, Value,
@@ -35,7 +36,7 @@ const HAS_VSYSCALL: u64 = 1 << 1;
 const NAME_LIMIT: usize = 80;
 
 /// How often what changed during the read is read again.
-const ATTEMPTS: usize = 8;
+const ATTEMPTS: usize = 12;
 
 layout! {
     /// `include/linux/mm.h`
@@ -275,9 +276,12 @@ fn items(
         special_name: symbol("special_mapping_name"),
         gate: symbol("gate_vma").zip(symbol("vsyscall_mode")),
         live: guest.space().memory().volatility() == Volatility::Live,
+        patience: Patience::default(),
     };
     for task in leaders(guest, TABLE)? {
-        if !selection.wants_pid(task.tgid.into()) || task.mm.is_null() {
+        // A kernel thread can borrow the memory of a process; it is not shown
+        // as the thread's.
+        if !selection.wants_pid(task.tgid.into()) || task.mm.is_null() || task.is_kernel_thread() {
             continue;
         }
         if reader.mappings_of(&task, sink)?.is_break() {
@@ -300,6 +304,7 @@ struct Reader<'g> {
     /// is one: `gate_vma` and `vsyscall_mode`.
     gate: Option<(VirtualAddress, VirtualAddress)>,
     live: bool,
+    patience: Patience,
 }
 
 impl Reader<'_> {
@@ -312,6 +317,7 @@ impl Reader<'_> {
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 self.guest.diagnostics().count_torn_read();
+                self.patience.wait(attempt);
             }
             let last = attempt + 1 == ATTEMPTS;
             if self.is_gone(task) {
@@ -324,6 +330,10 @@ impl Reader<'_> {
                     return Ok(ControlFlow::Continue(()));
                 }
             };
+            if mm.users == 0 {
+                // Given up: /proc shows nothing any more.
+                return Ok(ControlFlow::Continue(()));
+            }
             let (areas, errors) = self.model.areas(self.guest, TABLE, &mm)?;
             rows.clear();
             rows.extend(areas.iter().map(|area| self.mapping(task, &mm, *area)));

@@ -159,6 +159,24 @@ pub enum AreaError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// An area that stands elsewhere in the tree than it says of itself: one
+    /// that is just being made longer or shorter, or a damaged one.
+    #[error(
+        "the area at {area} reaches from {start} to {end} by its own account, \
+         in the tree from {first} to {last}"
+    )]
+    Elsewhere {
+        /// Where it is.
+        area: VirtualAddress,
+        /// Its first address.
+        start: VirtualAddress,
+        /// The address behind its last one.
+        end: VirtualAddress,
+        /// The first address in the tree.
+        first: VirtualAddress,
+        /// The last address in the tree.
+        last: VirtualAddress,
+    },
     /// An area that can't be read.
     #[error("the area at {area} is left out: {source}")]
     Read {
@@ -247,10 +265,25 @@ impl AreaModel {
                 errors: found.errors,
             };
             for found in found.items {
-                match self.area(guest, mm, &found) {
-                    Ok(area) => areas.items.push(area),
-                    Err(error) => failures.push(error),
+                let area = match self.area(guest, mm, &found) {
+                    Ok(area) => area,
+                    Err(error) => {
+                        failures.push(error);
+                        continue;
+                    }
+                };
+                if let Some((first, last)) = found.range
+                    && (first, last) != (area.start, area.end - 1)
+                {
+                    failures.push(AreaError::Elsewhere {
+                        area: area.address,
+                        start: VirtualAddress::new(area.start),
+                        end: VirtualAddress::new(area.end),
+                        first: VirtualAddress::new(first),
+                        last: VirtualAddress::new(last),
+                    });
                 }
+                areas.items.push(area);
             }
             areas
         });
@@ -287,9 +320,6 @@ impl AreaModel {
         let (start, end) = (copied.number(&layout.start), copied.number(&layout.end));
         if start >= end {
             return Err(entry("it ends before it starts"));
-        }
-        if found.range.is_some_and(|range| range != (start, end - 1)) {
-            return Err(entry("its place in the tree is that of other addresses"));
         }
         let file = copied.pointer(&layout.file);
         Ok(Area {

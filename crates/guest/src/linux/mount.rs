@@ -9,7 +9,7 @@ use super::file::Device;
 use super::list;
 use super::path::{PathError, PathPointer, is_kernel_pointer};
 use super::span::Span;
-use super::tree::{TreeError, Walk};
+use super::tree::{Patience, TreeError, Walk};
 use super::{list::ListError, rb_tree};
 use crate::{Guest, Layout, TableError, Text, layout};
 
@@ -218,11 +218,12 @@ impl MountModel {
     ) -> (Vec<Mount>, Vec<MountError>) {
         let live = guest.space().memory().volatility() == secmon_memory::Volatility::Live;
         let event = || guest.number(namespace, &self.namespace.event).ok();
+        let patience = Patience::default();
         let mut result = (Vec::new(), Vec::new());
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
                 guest.diagnostics().count_torn_read();
-                std::thread::yield_now();
+                patience.wait(attempt);
             }
             let before = event();
             result = self.read(guest, namespace);

@@ -1,6 +1,9 @@
 //! What walks over the kernel's trees have in common: what can be wrong with
 //! one, and how a walk is repeated until a running guest has let it be.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
 use secmon_memory::{AddressSpace, ReadError, VirtualAddress, Volatility};
 
 use crate::{Diagnostic, Diagnostics, Guest};
@@ -93,6 +96,34 @@ impl TreeError {
     }
 }
 
+/// How long a listing waits, altogether, for a guest to finish what it is
+/// changing. A virtual CPU that was stopped half-way takes as long as its host
+/// likes; a guest that never finishes must not hold the reader up.
+const PATIENCE: Duration = Duration::from_millis(400);
+
+/// The waiting of one listing between two reads of something that changes.
+#[derive(Debug, Default)]
+pub(crate) struct Patience {
+    waited_microseconds: AtomicU64,
+}
+
+impl Patience {
+    /// Waits before the `attempt`-th repetition of a read: not at all at
+    /// first, then longer and longer, until the listing has waited enough.
+    pub(crate) fn wait(&self, attempt: usize) {
+        let steps = attempt.saturating_sub(2).min(7) as u32;
+        let pause = Duration::from_micros(100) * 2_u32.pow(steps);
+        let waited = Duration::from_micros(self.waited_microseconds.load(Relaxed));
+        if attempt < 2 || waited + pause > PATIENCE {
+            std::thread::yield_now();
+            return;
+        }
+        let microseconds = pause.as_micros() as u64;
+        self.waited_microseconds.fetch_add(microseconds, Relaxed);
+        std::thread::sleep(pause);
+    }
+}
+
 /// What a walk over a tree found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Walk<T> {
@@ -175,4 +206,20 @@ pub(crate) fn settle<T: PartialEq>(
         last.fail(TreeError::Changing { attempts: ATTEMPTS });
     }
     last
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_ends() {
+        let patience = Patience::default();
+        for attempt in 0..10_000 {
+            patience.wait(attempt);
+        }
+        let waited = Duration::from_micros(patience.waited_microseconds.load(Relaxed));
+        assert!(waited <= PATIENCE);
+        assert!(waited > PATIENCE / 2);
+    }
 }
