@@ -18,8 +18,10 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// The guest of this kernel. Nothing is read yet.
-    pub fn new(kernel: Kernel) -> Self {
+    /// The guest of this kernel. Nothing is read yet. Of an image,
+    /// translations are remembered, as they can't change.
+    pub fn new(mut kernel: Kernel) -> Self {
+        kernel.space = kernel.space.with_tlb();
         Self {
             kernel,
             layouts: RwLock::default(),

@@ -1,17 +1,23 @@
 //! The values of a table's cells, and their one JSON form.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::ser::{Serialize, SerializeSeq, Serializer};
 
 /// A string of the guest: bytes, as a kernel knows no encoding.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Text(Vec<u8>);
+pub struct Text(Cow<'static, [u8]>);
 
 impl Text {
     /// The text of these bytes.
     pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
-        Self(bytes.into())
+        Self(Cow::Owned(bytes.into()))
+    }
+
+    /// A text that is always the same, without a copy of it.
+    pub const fn fixed(text: &'static str) -> Self {
+        Self(Cow::Borrowed(text.as_bytes()))
     }
 
     /// The bytes as the guest holds them.
@@ -22,7 +28,7 @@ impl Text {
     /// The text for people and JSON, without loss: valid UTF-8 stands as it
     /// is; if anything in the text is not UTF-8, each such byte is written
     /// `\xNN` and each backslash of the text is doubled.
-    pub fn to_display(&self) -> std::borrow::Cow<'_, str> {
+    pub fn to_display(&self) -> Cow<'_, str> {
         if let Ok(text) = std::str::from_utf8(&self.0) {
             return text.into();
         }
@@ -45,13 +51,13 @@ impl fmt::Debug for Text {
 
 impl From<&str> for Text {
     fn from(text: &str) -> Self {
-        Self(text.as_bytes().to_vec())
+        Self::new(text)
     }
 }
 
 impl From<String> for Text {
     fn from(text: String) -> Self {
-        Self(text.into_bytes())
+        Self::new(text)
     }
 }
 
@@ -83,6 +89,11 @@ impl Value {
     /// A text value.
     pub fn text(bytes: impl Into<Vec<u8>>) -> Self {
         Self::Text(Text::new(bytes))
+    }
+
+    /// A word out of a fixed set, without a copy of it.
+    pub const fn word(text: &'static str) -> Self {
+        Self::Text(Text::fixed(text))
     }
 
     /// A value that could not be read, with the reason.

@@ -15,10 +15,14 @@ pub const NAMESPACES: Check = Check {
     },
     selection: Selection::default,
     expected: |truth| {
-        let listed = truth
-            .namespaces
-            .iter()
-            .filter(|namespace| !namespace.pids.is_empty() || namespace.kind == "net");
+        let listed = truth.namespaces.iter().filter(|namespace| {
+            !namespace.pids.is_empty()
+                || namespace.kind == "net"
+                // Threads can be in namespaces that no first thread is in.
+                || truth.threads.iter().any(|thread| {
+                    thread.own_namespaces.get(&namespace.kind) == Some(&namespace.inode)
+                })
+        });
         listed.map(expected).collect()
     },
     // Owners of others that nobody is in: `/proc` does not show them.
@@ -33,7 +37,7 @@ fn expected(namespace: &Namespace) -> ExpectedRow {
     ExpectedRow::from([
         ("type", Expected::Exactly(namespace.kind.as_str().into())),
         ("inode", Expected::Exactly(namespace.inode.into())),
-        // Threads can be in namespaces that no first thread is in.
+        // Of processes only first threads are counted.
         (
             "processes",
             Expected::Between(namespace.pids.len() as i128, i128::MAX),

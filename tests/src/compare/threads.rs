@@ -40,7 +40,7 @@ fn expected(thread: &Thread, truth: &Truth) -> ExpectedRow {
         ("start_time", start_time(thread.start_time, &truth.info)),
         ("uid", number(thread.uid[0])),
         ("euid", number(thread.uid[1])),
-        ("user_time", cpu_time(thread.user_time)),
-        ("system_time", cpu_time(thread.system_time)),
+        ("user_time", cpu_time(thread.user_time, asks)),
+        ("system_time", cpu_time(thread.system_time, asks)),
     ])
 }

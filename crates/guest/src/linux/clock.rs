@@ -2,9 +2,9 @@
 //! structures hold, counted from boot, become wall-clock time.
 
 use secmon_memory::{ReadError, VirtualAddress};
-use secmon_profile::Types;
+use secmon_profile::{TypeError, Types};
 
-use crate::{Guest, TableError, layout};
+use crate::{Guest, Layout, TableError, layout};
 
 /// How often a copy is repeated that the timekeeper wrote into.
 const ATTEMPTS: u32 = 64;
@@ -61,16 +61,20 @@ pub enum ClockError {
 }
 
 /// The offset of `timekeeper` behind its sequence counter.
-fn timekeeper_offset(types: &Types) -> u64 {
-    if let Ok(member) = types.member("tk_data", "timekeeper") {
-        return member.offset;
+struct Placement(u64);
+
+impl Layout for Placement {
+    fn resolve(types: &Types) -> Result<Self, TypeError> {
+        if let Ok(member) = types.member("tk_data", "timekeeper") {
+            return Ok(Self(member.offset));
+        }
+        // Until Linux 6.12 the structure of the two has no name.
+        let counter = types
+            .size_of("seqcount_raw_spinlock_t")
+            .or_else(|_| types.size_of("seqcount_t"))
+            .unwrap_or(4);
+        Ok(Self(counter.next_multiple_of(8)))
     }
-    // Until Linux 6.12 the structure of the two has no name.
-    let counter = types
-        .size_of("seqcount_raw_spinlock_t")
-        .or_else(|_| types.size_of("seqcount_t"))
-        .unwrap_or(4);
-    counter.next_multiple_of(8)
 }
 
 impl Clock {
@@ -85,7 +89,7 @@ impl Clock {
             Some(address) => address,
             None => guest.symbol(table, "tk_core")?,
         };
-        let timekeeper = counter.wrapping_add(timekeeper_offset(guest.types(table)?));
+        let timekeeper = counter.wrapping_add(guest.layout::<Placement>(table)?.0);
         for attempt in 0..ATTEMPTS {
             let before = guest.space().read_u32(counter)?;
             if before & 1 == 0 {

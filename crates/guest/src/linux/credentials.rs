@@ -7,8 +7,9 @@ use std::sync::Arc;
 use secmon_memory::VirtualAddress;
 
 use crate::linux::cred::{Cred, capability_digits, capability_names};
+use crate::linux::listing::{Listing, Part};
 use crate::linux::namespace::Kind as NamespaceKind;
-use crate::linux::process::{self, Listing};
+use crate::linux::process;
 use crate::table::Items;
 use crate::{Column, Cost, Guest, Kind, Selection, Shown, TableError, TableOf, Value};
 
@@ -17,7 +18,7 @@ const TABLE: &str = "credentials";
 /// A `cred` and who uses it.
 pub struct Shared {
     address: VirtualAddress,
-    cred: Result<Cred, secmon_memory::ReadError>,
+    cred: Part<Cred>,
     users: Users,
     listing: Arc<Listing>,
 }

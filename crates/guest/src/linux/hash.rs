@@ -62,6 +62,11 @@ impl Hasher for Folded {
         self.state = (product >> 64) as u64 ^ product as u64;
     }
 
+    #[inline]
+    fn write_u32(&mut self, value: u32) {
+        self.write_u64(value.into());
+    }
+
     fn write(&mut self, bytes: &[u8]) {
         for chunk in bytes.chunks(8) {
             let mut value = [0; 8];

@@ -3,16 +3,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use secmon_memory::VirtualAddress;
-use secmon_profile::{TypeError, Types};
+use secmon_memory::{VirtualAddress, Volatility};
+use secmon_profile::{Member, TypeError, Types};
 
 use crate::linux::hash::AddressMap;
 use crate::linux::list::is_object_address;
-use crate::linux::process::{PidLayout, Process, UpidLayout};
+use crate::linux::process::Process;
+use crate::linux::snapshot::Spans;
 use crate::{Guest, Layout, TableError, layout};
-
-/// `MAX_PID_NS_LEVEL` (`include/linux/pid_namespace.h`).
-const DEEPEST: u32 = 32;
 
 /// What a namespace separates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,7 +34,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All kinds.
+    /// All kinds, in the order of their declaration.
     pub const ALL: [Self; 8] = [
         Self::Cgroup,
         Self::Ipc,
@@ -99,10 +97,14 @@ struct Places {
     owner: u64,
 }
 
+/// What an `nsproxy` holds, in the order of [`Kind::ALL`].
+type Pointers = [Option<VirtualAddress>; Kind::ALL.len()];
+
 /// How namespaces of a guest are read.
 #[derive(Debug)]
 pub struct NamespaceModel {
     nsproxy: NsproxyLayout,
+    spans: Spans,
     /// By kind, in the order of [`Kind::ALL`]; none for what this kernel was
     /// built without.
     places: [Option<Places>; Kind::ALL.len()],
@@ -110,8 +112,12 @@ pub struct NamespaceModel {
 
 impl Layout for NamespaceModel {
     fn resolve(types: &Types) -> Result<Self, TypeError> {
+        let nsproxy = NsproxyLayout::resolve(types)?;
+        let required = [&nsproxy.uts, &nsproxy.ipc, &nsproxy.mount, &nsproxy.network];
+        let optional = nsproxy.cgroup.iter().chain(&nsproxy.time);
         Ok(Self {
-            nsproxy: NsproxyLayout::resolve(types)?,
+            spans: Spans::covering(required.into_iter().chain(optional)),
+            nsproxy,
             places: Kind::ALL.map(|kind| {
                 let (structure, owner) = kind.structure();
                 Some(Places {
@@ -123,11 +129,38 @@ impl Layout for NamespaceModel {
     }
 }
 
+impl NamespaceModel {
+    /// The member of `nsproxy` that holds a namespace of that kind.
+    fn member(&self, kind: Kind) -> Option<&Member> {
+        let nsproxy = &self.nsproxy;
+        match kind {
+            Kind::Cgroup => nsproxy.cgroup.as_ref(),
+            Kind::Time => nsproxy.time.as_ref(),
+            Kind::Ipc => Some(&nsproxy.ipc),
+            Kind::Mount => Some(&nsproxy.mount),
+            Kind::Network => Some(&nsproxy.network),
+            Kind::Uts => Some(&nsproxy.uts),
+            Kind::Pid | Kind::User => None,
+        }
+    }
+}
+
+/// The numbers of the namespaces that an `nsproxy` holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NamespaceNumbers([Option<u32>; Kind::ALL.len()]);
+
+impl NamespaceNumbers {
+    /// The number of the namespace of that kind; none if an `nsproxy` of this
+    /// kernel holds none.
+    pub fn of(&self, kind: Kind) -> Option<u32> {
+        self.0.get(kind as usize).copied().flatten()
+    }
+}
+
 /// Reads the namespaces of one listing, remembering their numbers.
 pub struct Namespaces {
     model: Arc<NamespaceModel>,
-    pid: Arc<PidLayout>,
-    upid: Arc<UpidLayout>,
+    known: Mutex<AddressMap<(Pointers, NamespaceNumbers)>>,
     inodes: Mutex<AddressMap<u32>>,
 }
 
@@ -139,15 +172,13 @@ impl Namespaces {
     pub fn new(guest: &Guest, table: &'static str) -> Result<Self, TableError> {
         Ok(Self {
             model: guest.layout(table)?,
-            pid: guest.layout(table)?,
-            upid: guest.layout(table)?,
+            known: Mutex::default(),
             inodes: Mutex::default(),
         })
     }
 
     fn places(&self, kind: Kind) -> Option<Places> {
-        let index = Kind::ALL.iter().position(|other| *other == kind)?;
-        self.model.places.get(index).copied().flatten()
+        self.model.places.get(kind as usize).copied().flatten()
     }
 
     /// The namespace of that kind in which `process` is; none if it has left
@@ -161,19 +192,18 @@ impl Namespaces {
         process: &Process,
         kind: Kind,
     ) -> Result<Option<VirtualAddress>, String> {
-        let nsproxy = &self.model.nsproxy;
         let member = match kind {
             Kind::User => {
                 let cred = process.cred(guest).map_err(ToString::to_string)?;
                 return checked(guest, kind, cred.user_namespace).map(Some);
             }
-            Kind::Pid => return self.pid_namespace(guest, process),
-            Kind::Cgroup => nsproxy.cgroup.as_ref(),
-            Kind::Time => nsproxy.time.as_ref(),
-            Kind::Ipc => Some(&nsproxy.ipc),
-            Kind::Mount => Some(&nsproxy.mount),
-            Kind::Network => Some(&nsproxy.network),
-            Kind::Uts => Some(&nsproxy.uts),
+            Kind::Pid => {
+                let pids = process.pids(guest).map_err(ToString::to_string)?;
+                return pids
+                    .map(|pids| checked(guest, kind, pids.namespace))
+                    .transpose();
+            }
+            _ => self.model.member(kind),
         };
         let Some(member) = member.filter(|_| !process.task.nsproxy.is_null()) else {
             return Ok(None);
@@ -184,31 +214,45 @@ impl Namespaces {
         checked(guest, kind, found).map(Some)
     }
 
-    /// The pid namespace in which `process` was made: the innermost that knows
-    /// it.
-    fn pid_namespace(
+    /// The numbers of all namespaces that the `nsproxy` at that address holds.
+    ///
+    /// # Errors
+    /// A text that says what could not be read.
+    pub fn numbers(
         &self,
         guest: &Guest,
-        process: &Process,
-    ) -> Result<Option<VirtualAddress>, String> {
-        let Some(member) = &process.task.model().layout.thread_pid else {
-            return Ok(None);
-        };
-        let pid = process.task.pointer(member);
-        if pid.is_null() {
-            return Ok(None);
+        nsproxy: VirtualAddress,
+    ) -> Result<NamespaceNumbers, Arc<str>> {
+        let lock = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        // A live guest can make another nsproxy where one was.
+        let fixed = guest.space().memory().volatility() == Volatility::Static;
+        if let Some((_, numbers)) = lock().get(&nsproxy).filter(|_| fixed) {
+            return Ok(*numbers);
         }
-        let level = guest
-            .number(pid, &self.pid.level)
-            .map_err(|error| format!("pid.level: {error}"))? as u32;
-        if level > DEEPEST {
-            return Err(format!("the pid at {pid} is at level {level}"));
+        let pointers = self
+            .model
+            .spans
+            .with(guest.space(), nsproxy, |spans, copy| {
+                Kind::ALL.map(|kind| {
+                    let member = self.model.member(kind)?;
+                    Some(spans.pointer(copy, member))
+                })
+            })
+            .map_err(|error| format!("nsproxy: {error}"))?;
+        if let Some((known, numbers)) = lock().get(&nsproxy)
+            && *known == pointers
+        {
+            return Ok(*numbers);
         }
-        let upid = self.pid.numbers.offset + u64::from(level).wrapping_mul(self.upid.size);
-        let found = guest
-            .pointer(pid.wrapping_add(upid), &self.upid.namespace)
-            .map_err(|error| format!("upid.ns: {error}"))?;
-        checked(guest, Kind::Pid, found).map(Some)
+        let mut numbers = NamespaceNumbers::default();
+        for ((kind, pointer), number) in Kind::ALL.into_iter().zip(pointers).zip(&mut numbers.0) {
+            *number = match pointer {
+                Some(pointer) => Some(self.inode(guest, kind, checked(guest, kind, pointer)?)?),
+                None => None,
+            };
+        }
+        lock().insert(nsproxy, (pointers, numbers));
+        Ok(numbers)
     }
 
     /// The number of a namespace: that of its inode.

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use secmon_memory::VirtualAddress;
 
 use crate::linux::list::entries;
+use crate::linux::listing::Listing;
 use crate::linux::namespace::{Kind as NamespaceKind, Namespaces};
-use crate::linux::process::{self, Listing};
+use crate::linux::process;
 use crate::table::Items;
 use crate::{
     Column, Cost, Diagnostic, Guest, Kind, Selection, Shown, TableError, TableOf, Text, Value,
@@ -80,7 +81,7 @@ pub static NAMESPACES: TableOf<Namespace> = TableOf {
             Kind::Text,
             Shown::Always,
             "What it separates, as below /proc/PID/ns: cgroup, ipc, mnt, net, pid, time, user, uts.",
-            |_, namespace| namespace.kind.name().into(),
+            |_, namespace| Value::word(namespace.kind.name()),
         ),
         column(
             "inode",

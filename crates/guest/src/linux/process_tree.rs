@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::linux::process::{self, Listing, Process};
+use crate::linux::listing::Listing;
+use crate::linux::process::{self, Process};
 use crate::linux::processes::state;
 use crate::table::Items;
 use crate::{Column, Cost, Diagnostic, Guest, Kind, Selection, Shown, TableError, TableOf, Value};
@@ -72,7 +73,7 @@ pub static PROCESS_TREE: TableOf<Node> = TableOf {
             Kind::Text,
             Shown::Always,
             "State letter, as in the table processes.",
-            |_, node| state(&node.process).letter.into(),
+            |_, node| Value::word(state(&node.process).letter),
         ),
         column(
             "uid",

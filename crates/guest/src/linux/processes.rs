@@ -1,10 +1,10 @@
 //! The table `processes`.
 
-use secmon_memory::VirtualAddress;
-
 use crate::linux::cred::{Cred, capability_digits, capability_names};
+use crate::linux::listing::Listing;
 use crate::linux::namespace::Kind as NamespaceKind;
-use crate::linux::process::{self, Listing, Process};
+use crate::linux::path::Path;
+use crate::linux::process::{self, Process};
 use crate::linux::state::{State, has_exited};
 use crate::linux::task::TaskLayout;
 use crate::table::Items;
@@ -76,7 +76,7 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Shown::Always,
             "Letter of the first thread's state, as in /proc/PID/stat: R running, S sleeping, D \
              disk sleep, T stopped, t tracing stop, X dead, Z zombie, P parked, I idle.",
-            |_, process| state(process).letter.into(),
+            |_, process| Value::word(state(process).letter),
         ),
         column(
             "start_time",
@@ -143,12 +143,9 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Text,
             Shown::OnRequest,
             "Working directory, as it looks from the root of the guest's first process, also for \
-             a process in a container; null for a zombie.",
-            |guest, process| {
-                optional(process.working_directory(guest), |path| {
-                    path.text.clone().into()
-                })
-            },
+             a process in a container; followed by ` (deleted)` if it was, as in /proc; null for \
+             a zombie.",
+            |guest, process| optional(process.working_directory(guest), |path| directory(&path)),
         ),
         column(
             "root",
@@ -156,7 +153,7 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Shown::OnRequest,
             "Root directory, as it looks from the root of the guest's first process; / where it \
              is the root of another mount namespace; null for a zombie.",
-            |guest, process| optional(process.root(guest), |path| path.text.clone().into()),
+            |guest, process| optional(process.root(guest), |path| directory(&path)),
         ),
         column(
             "kernel_thread",
@@ -294,7 +291,9 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             |guest, process| {
                 cgroup(guest, process, |membership| {
                     let container = membership.container.as_ref();
-                    container.and_then(|container| container.runtime).into()
+                    container
+                        .and_then(|container| container.runtime)
+                        .map_or(Value::Null, Value::word)
                 })
             },
         ),
@@ -344,10 +343,7 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Shown::OnRequest,
             "Number of threads.",
             |guest, process| {
-                Value::from_read(
-                    process.signal_number(guest, &process.signal_layout().threads),
-                    Value::from,
-                )
+                Value::from_read(process.signal(guest), |signal| signal.threads.into())
             },
         ),
         column(
@@ -369,7 +365,15 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::List,
             Shown::OnRequest,
             "Ids in all pid namespaces that the process is in, from the initial one inwards.",
-            |guest, process| Value::from_read(process.namespace_pids(guest), Value::from),
+            |guest, process| {
+                Value::from_read(process.pids(guest), |pids| {
+                    let ids = pids.into_iter().flat_map(|pids| {
+                        let inner = pids.inner.iter().copied();
+                        std::iter::once(pids.initial).chain(inner)
+                    });
+                    Value::List(ids.map(Value::from).collect())
+                })
+            },
         ),
         column(
             "nice",
@@ -420,9 +424,9 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             |_, process| match layout(process).seccomp_mode.as_ref() {
                 None => Value::Null,
                 Some(member) => match process.task.number(member) {
-                    0 => "disabled".into(),
-                    1 => "strict".into(),
-                    2 => "filter".into(),
+                    0 => Value::word("disabled"),
+                    1 => Value::word("strict"),
+                    2 => Value::word("filter"),
                     other => other.to_string().into(),
                 },
             },
@@ -475,11 +479,8 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             Kind::Signed,
             Shown::OnRequest,
             "What was added to its score as a victim when memory runs out, -1000 to 1000.",
-            |guest, process| match &process.signal_layout().oom_score_adj {
-                None => Value::Null,
-                Some(member) => Value::from_read(process.signal_number(guest, member), |value| {
-                    Value::Signed(i64::from(value as i16))
-                }),
+            |guest, process| {
+                Value::from_read(process.signal(guest), |signal| signal.oom_score_adj.into())
             },
         ),
         column(
@@ -567,10 +568,10 @@ fn layout(process: &Process) -> &TaskLayout {
 }
 
 fn terminal(guest: &Guest, process: &Process) -> Value {
-    let tty = match process.signal_number(guest, &process.signal_layout().tty) {
-        Ok(0) => return Value::Null,
-        Ok(tty) => VirtualAddress::new(tty),
-        Err(error) => return Value::unreadable(error),
+    let tty = match process.signal(guest) {
+        Ok(signal) if signal.tty.is_null() => return Value::Null,
+        Ok(signal) => signal.tty,
+        Err(reason) => return Value::unreadable(reason),
     };
     match &process.listing.terminals {
         Ok(terminals) => Value::from_read(terminals.name(guest, tty), Value::text),
@@ -615,6 +616,14 @@ fn optional<T, E: std::fmt::Display>(
     Value::from_read(found, |found| found.map_or(Value::Null, value))
 }
 
+/// A directory as the link in `/proc` names it.
+fn directory(path: &Path) -> Value {
+    if path.deleted {
+        return Value::text([path.text.as_bytes(), b" (deleted)"].concat());
+    }
+    path.text.clone().into()
+}
+
 fn cgroup(
     guest: &Guest,
     process: &Process,
@@ -632,13 +641,13 @@ fn cpu_time(guest: &Guest, process: &Process, part: fn((u64, u64)) -> u64) -> Va
 /// The name of a scheduling policy (`include/uapi/linux/sched.h`).
 pub(crate) fn policy(policy: u64) -> Value {
     match policy {
-        0 => "normal".into(),
-        1 => "fifo".into(),
-        2 => "rr".into(),
-        3 => "batch".into(),
-        5 => "idle".into(),
-        6 => "deadline".into(),
-        7 => "ext".into(),
+        0 => Value::word("normal"),
+        1 => Value::word("fifo"),
+        2 => Value::word("rr"),
+        3 => Value::word("batch"),
+        5 => Value::word("idle"),
+        6 => Value::word("deadline"),
+        7 => Value::word("ext"),
         other => other.to_string().into(),
     }
 }

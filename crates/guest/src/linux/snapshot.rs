@@ -6,6 +6,8 @@
 //! taken once is also one version of the truth: what is validated is what is
 //! used.
 
+use std::sync::{Arc, Mutex};
+
 use secmon_memory::{AddressSpace, ReadError, VirtualAddress};
 use secmon_profile::Member;
 
@@ -18,6 +20,14 @@ const LONGEST_MEMBER: u64 = 512;
 /// No member is copied that lies beyond this, whatever the types say: no
 /// structure is that long.
 const LARGEST_OFFSET: u64 = 1 << 20;
+/// Copies that are no longer are made without an allocation.
+const INLINE: usize = 1024;
+/// Memory for copies.
+type Spare = Arc<Mutex<Vec<Box<[u8]>>>>;
+
+/// How many copies' memory is kept for the next ones: a listing drops each row
+/// before it makes the next.
+const SPARE: usize = 8;
 /// Runs start and end at multiples of this many bytes.
 const SLOT: u64 = 8;
 
@@ -29,13 +39,15 @@ struct Span {
 }
 
 /// Which runs of a structure are copied.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Spans {
     spans: Vec<Span>,
     size: usize,
     /// For each 8 bytes of the structure, one more than the number of the 8
     /// bytes of the copy where they are; 0 if they are not copied.
     slots: Vec<u32>,
+    /// Memory of copies that are not needed any more.
+    spare: Spare,
 }
 
 impl Spans {
@@ -80,67 +92,165 @@ impl Spans {
     /// # Errors
     /// [`ReadError`] for the first run that can't be read.
     pub fn read(&self, space: &AddressSpace, base: VirtualAddress) -> Result<Snapshot, ReadError> {
-        let mut bytes = vec![0; self.size].into_boxed_slice();
-        let mut rest = &mut bytes[..];
+        let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
+        let mut snapshot = Snapshot {
+            bytes: spare.unwrap_or_else(|| vec![0; self.size].into()),
+            spare: Some(self.spare.clone()),
+        };
+        self.fill(space, base, &mut snapshot.bytes)?;
+        Ok(snapshot)
+    }
+
+    /// Copies the runs of the structure at `base` and gives them to `parse`,
+    /// without an allocation if they are short.
+    ///
+    /// # Errors
+    /// [`ReadError`] for the first run that can't be read.
+    pub fn with<T>(
+        &self,
+        space: &AddressSpace,
+        base: VirtualAddress,
+        parse: impl FnOnce(&Self, &[u8]) -> T,
+    ) -> Result<T, ReadError> {
+        let mut inline = [0; INLINE];
+        let Some(bytes) = inline.get_mut(..self.size) else {
+            let copy = self.read(space, base)?;
+            return Ok(parse(self, &copy.bytes));
+        };
+        self.fill(space, base, bytes)?;
+        Ok(parse(self, bytes))
+    }
+
+    fn fill(
+        &self,
+        space: &AddressSpace,
+        base: VirtualAddress,
+        bytes: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let mut rest = bytes;
         for span in &self.spans {
             let (now, later) = rest.split_at_mut(span.length);
             space.read(base.wrapping_add(span.offset), now)?;
             rest = later;
         }
-        Ok(Snapshot(bytes))
+        Ok(())
     }
 
     /// The bytes of the copy that belong to `size` bytes at `offset` of the
     /// structure; none if they were not copied.
     #[inline]
-    pub fn bytes<'s>(&self, snapshot: &'s Snapshot, offset: u64, size: u64) -> Option<&'s [u8]> {
+    pub fn bytes<'s, C>(&self, copy: &'s C, offset: u64, size: u64) -> Option<&'s [u8]>
+    where
+        C: AsRef<[u8]> + ?Sized,
+    {
         let slot = |offset: u64| {
             let slot = *self.slots.get(usize::try_from(offset / SLOT).ok()?)?;
             u64::from(slot).checked_sub(1)
         };
-        let last = offset.checked_add(size.checked_sub(1)?)?;
         let start = slot(offset)?;
-        if slot(last)?.wrapping_sub(start) != last / SLOT - offset / SLOT {
-            return None;
+        let inside = offset % SLOT;
+        if inside + size > SLOT {
+            let last = offset.checked_add(size.checked_sub(1)?)?;
+            if slot(last)?.wrapping_sub(start) != last / SLOT - offset / SLOT {
+                return None;
+            }
         }
-        let start = (start * SLOT + offset % SLOT) as usize;
-        snapshot.0.get(start..start + size as usize)
+        let start = (start * SLOT + inside) as usize;
+        copy.as_ref().get(start..start + size as usize)
     }
 
     /// The member's bytes.
-    pub fn member<'s>(&self, snapshot: &'s Snapshot, member: &Member) -> &'s [u8] {
-        self.bytes(
-            snapshot,
-            member.offset,
-            member.size.clamp(1, LONGEST_MEMBER),
-        )
-        .unwrap_or_default()
+    pub fn member<'s, C>(&self, copy: &'s C, member: &Member) -> &'s [u8]
+    where
+        C: AsRef<[u8]> + ?Sized,
+    {
+        self.bytes(copy, member.offset, member.size.clamp(1, LONGEST_MEMBER))
+            .unwrap_or_default()
     }
 
     /// The member as a number, as [`Guest::number`](crate::Guest::number)
     /// reads it; 0 if it was not copied.
-    pub fn number(&self, snapshot: &Snapshot, member: &Member) -> u64 {
-        self.bytes(snapshot, member.offset, member.size.clamp(1, 8))
-            .map_or(0, |bytes| {
+    #[inline]
+    pub fn number<C: AsRef<[u8]> + ?Sized>(&self, copy: &C, member: &Member) -> u64 {
+        match (member.bit_size, member.size) {
+            (0, 8) => self.word(copy, member.offset),
+            (0, 4) => {
+                let bytes = self.bytes(copy, member.offset, 4);
+                let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
+                let value = bytes.map_or(0, u32::from_le_bytes);
+                if member.signed {
+                    i64::from(value as i32) as u64
+                } else {
+                    value.into()
+                }
+            }
+            _ => {
+                let bytes = self.bytes(copy, member.offset, member.size.clamp(1, 8));
                 let mut raw = [0; 8];
-                raw[..bytes.len()].copy_from_slice(bytes);
+                let bytes = bytes.unwrap_or_default();
+                for (to, from) in raw.iter_mut().zip(bytes) {
+                    *to = *from;
+                }
                 extract(member, u64::from_le_bytes(raw))
-            })
+            }
+        }
+    }
+
+    /// The 8 bytes at `offset` as a number; 0 if they were not copied.
+    #[inline]
+    pub fn word<C: AsRef<[u8]> + ?Sized>(&self, copy: &C, offset: u64) -> u64 {
+        self.bytes(copy, offset, 8)
+            .and_then(|bytes| bytes.try_into().ok())
+            .map_or(0, u64::from_le_bytes)
     }
 
     /// The member as a pointer; null if it was not copied.
-    pub fn pointer(&self, snapshot: &Snapshot, member: &Member) -> VirtualAddress {
-        VirtualAddress::new(
-            self.bytes(snapshot, member.offset, 8)
-                .and_then(|bytes| bytes.try_into().ok())
-                .map_or(0, u64::from_le_bytes),
-        )
+    #[inline]
+    pub fn pointer<C: AsRef<[u8]> + ?Sized>(&self, copy: &C, member: &Member) -> VirtualAddress {
+        VirtualAddress::new(self.word(copy, member.offset))
     }
 }
 
 /// The bytes of one structure that [`Spans::read`] copied.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Snapshot(Box<[u8]>);
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    bytes: Box<[u8]>,
+    /// Where the memory goes afterwards.
+    spare: Option<Spare>,
+}
+
+impl Clone for Snapshot {
+    fn clone(&self) -> Self {
+        Self {
+            bytes: self.bytes.clone(),
+            spare: None,
+        }
+    }
+}
+
+impl PartialEq for Snapshot {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for Snapshot {}
+
+impl Drop for Snapshot {
+    fn drop(&mut self) {
+        if let Some(mut spare) = self.spare.as_ref().and_then(|spare| spare.lock().ok())
+            && spare.len() < SPARE
+        {
+            spare.push(std::mem::take(&mut self.bytes));
+        }
+    }
+}
+
+impl AsRef<[u8]> for Snapshot {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -160,6 +270,13 @@ mod tests {
         }
     }
 
+    fn copy(bytes: Vec<u8>) -> Snapshot {
+        Snapshot {
+            bytes: bytes.into(),
+            spare: None,
+        }
+    }
+
     #[test]
     fn joins_what_is_close_and_finds_it_again() {
         let members = [
@@ -172,7 +289,7 @@ mod tests {
         assert_eq!(spans.spans.len(), 2);
         assert_eq!(spans.slots.len(), 626);
         assert_eq!(spans.size, 88);
-        let snapshot = Snapshot((0..88).collect());
+        let snapshot = copy((0..88).collect());
         assert_eq!(spans.number(&snapshot, &members[1]), 0x0302_0100);
         assert_eq!(spans.member(&snapshot, &members[2])[0], 64);
         assert_eq!(
@@ -192,12 +309,12 @@ mod tests {
             let members: Vec<Member> = places.iter().map(|(at, size)| member(*at, *size)).collect();
             let spans = Spans::covering(&members);
             let structure: Vec<u8> = (0..4096_u32).map(|byte| ((byte * 7) >> 3) as u8).collect();
-            let mut copy = Vec::new();
+            let mut bytes = Vec::new();
             for span in &spans.spans {
                 let start = span.offset as usize;
-                copy.extend_from_slice(&structure[start..start + span.length]);
+                bytes.extend_from_slice(&structure[start..start + span.length]);
             }
-            let snapshot = Snapshot(copy.into());
+            let snapshot = copy(bytes);
             for member in &members {
                 let start = member.offset as usize;
                 let expected = &structure[start..start + member.size as usize];

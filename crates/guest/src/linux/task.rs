@@ -12,6 +12,7 @@ use std::sync::Arc;
 use secmon_memory::{ReadError, VirtualAddress, Volatility};
 use secmon_profile::{Member, TypeError, Types};
 
+use crate::linux::hash::Keyed;
 use crate::linux::list::{entries, is_object_address};
 use crate::linux::snapshot::{Snapshot, Spans};
 use crate::{Diagnostic, Guest, Layout, TableError, layout};
@@ -71,8 +72,8 @@ layout! {
         exit_code: "exit_code",
         /// Absent where CPU time is measured exactly
         /// (`VIRT_CPU_ACCOUNTING_NATIVE`).
-        previous_utime: "prev_cputime.utime",
-        previous_stime: "prev_cputime.stime",
+        told_utime: "prev_cputime.utime",
+        told_stime: "prev_cputime.stime",
         cgroups: "cgroups",
         thread_pid: "thread_pid",
         seccomp_mode: "seccomp.mode",
@@ -144,8 +145,8 @@ impl TaskLayout {
             &self.ptrace,
             &self.parent,
             &self.exit_code,
-            &self.previous_utime,
-            &self.previous_stime,
+            &self.told_utime,
+            &self.told_stime,
             &self.cgroups,
             &self.thread_pid,
             &self.seccomp_mode,
@@ -449,7 +450,7 @@ pub fn leaders<'g>(
     let model = guest.layout::<TaskModel>(table)?;
     let offset = model.layout.tasks.offset;
     let head = guest.symbol(table, "init_task")?.wrapping_add(offset);
-    let mut pids = HashSet::new();
+    let mut pids = HashSet::with_hasher(Keyed::default());
     Ok(
         entries(guest, table, "task_struct.tasks", head, offset).filter_map(move |address| {
             let task = Task::read(guest, &model, address, Membership::Processes);

@@ -1,6 +1,7 @@
 //! The table `threads`.
 
-use crate::linux::process::{self, CpuTime, Listing, Process};
+use crate::linux::listing::Listing;
+use crate::linux::process::{self, Process};
 use crate::linux::processes::{column, number, policy, signed, state};
 use crate::linux::task::TaskLayout;
 use crate::table::Items;
@@ -39,7 +40,7 @@ pub static THREADS: TableOf<Process> = TableOf {
             Kind::Text,
             Shown::Always,
             "State letter, as in /proc/PID/task/TID/stat.",
-            |_, thread| state(thread).letter.into(),
+            |_, thread| Value::word(state(thread).letter),
         ),
         column(
             "cpu",
@@ -190,16 +191,9 @@ fn layout(thread: &Process) -> &TaskLayout {
 
 fn cpu_time(thread: &Process) -> (u64, u64) {
     let layout = layout(thread);
-    let number = |member| thread.task.number(member);
-    let time = CpuTime {
-        user: number(&layout.utime),
-        system: number(&layout.stime),
-        run: number(&layout.sum_exec_runtime),
-    };
-    match (&layout.previous_utime, &layout.previous_stime) {
-        (Some(user), Some(system)) => time.adjusted(number(user), number(system)),
-        _ => (time.user, time.system),
-    }
+    let number = |member: &Option<_>| member.as_ref().map(|member| thread.task.number(member));
+    let told = number(&layout.told_utime).zip(number(&layout.told_stime));
+    thread.own_cpu_time().adjusted(told)
 }
 
 fn threads(

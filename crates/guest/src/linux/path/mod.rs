@@ -20,6 +20,7 @@ use secmon_memory::{AddressSpace, ReadError, VirtualAddress, Volatility};
 
 use self::view::View;
 use self::walk::ATTEMPTS;
+use super::hash::{AddressMap, Keyed};
 use super::span::Span;
 use super::tree::Patience;
 use crate::{Guest, TableError, Text, layout};
@@ -251,10 +252,10 @@ pub struct Paths {
 /// What has been met so far.
 #[derive(Default)]
 struct Memory {
-    paths: HashMap<PathPointer, Arc<Path>>,
-    directories: HashMap<PathPointer, Arc<Directory>>,
-    mounts: HashMap<VirtualAddress, Mount>,
-    names: HashMap<VirtualAddress, Text>,
+    paths: HashMap<PathPointer, Arc<Path>, Keyed>,
+    directories: HashMap<PathPointer, Arc<Directory>, Keyed>,
+    mounts: AddressMap<Mount>,
+    names: AddressMap<Text>,
 }
 
 /// A directory's path with no slash at its end: empty for a root.
