@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use secmon_lab::{Backing, Guest, QmpAccess, Suite, Workload};
+use secmon_lab::{Backing, ByteString, Guest, QmpAccess, Suite, Workload};
 use serde_json::Value;
 
 const NAME: &str = "web1";
@@ -36,11 +36,7 @@ const COMPARISONS: &[Comparison] = &[
         truth: |guest| {
             let processes = guest.truth().processes()?;
             let row = |process: &secmon_lab::truth::Process| {
-                let exe = process
-                    .exe
-                    .as_ref()
-                    .map(ToString::to_string)
-                    .unwrap_or_default();
+                let exe = process.exe.as_ref().map(text).unwrap_or_default();
                 format!("{} {} {exe}", process.pid, process.ppid)
             };
             Ok(processes.iter().map(row).collect())
@@ -82,12 +78,22 @@ const COMPARISONS: &[Comparison] = &[
         truth: |guest| {
             let files = guest.truth().files()?;
             let row = |file: &secmon_lab::truth::OpenFile| {
-                format!("{} {} {}", file.pid, file.fd, file.path)
+                format!("{} {} {}", file.pid, file.fd, text(&file.path))
             };
             Ok(files.iter().map(row).collect())
         },
     },
 ];
+
+/// Bytes as `secmon` writes them: what isn't UTF-8 as `\xNN`.
+fn text(bytes: &ByteString) -> String {
+    let mut text = String::new();
+    for chunk in bytes.as_bytes().utf8_chunks() {
+        text += chunk.valid();
+        text.extend(chunk.invalid().iter().map(|byte| format!("\\x{byte:02x}")));
+    }
+    text
+}
 
 fn main() -> Result<()> {
     let secmon = PathBuf::from(
@@ -142,8 +148,11 @@ fn show(secmon: &Path, words: &[&str]) -> Result<()> {
 
 /// The rows of the columns that are compared, as `secmon` tells them.
 fn from_outside(secmon: &Path, comparison: &Comparison) -> Result<BTreeSet<String>> {
-    let columns = comparison.columns.join(",");
-    let words = [
+    let mut columns = comparison.columns.join(",");
+    if comparison.table == "sockets" {
+        columns += ",state";
+    }
+    let mut words = vec![
         comparison.table,
         "--all-namespaces",
         "--format",
@@ -151,6 +160,7 @@ fn from_outside(secmon: &Path, comparison: &Comparison) -> Result<BTreeSet<Strin
         "--columns",
         &columns,
     ];
+    words.extend(comparison.listed);
     let output = command(secmon, &words)
         .output()
         .context("starting secmon")?;
@@ -173,7 +183,14 @@ fn from_outside(secmon: &Path, comparison: &Comparison) -> Result<BTreeSet<Strin
             .collect::<Vec<_>>()
             .join(" ")
     };
-    Ok(rows.iter().map(line).collect())
+    // Nor does the guest list a TCP socket that is bound and does nothing yet.
+    let bound_only =
+        |row: &&Value| cell(row, "protocol").starts_with("tcp") && cell(row, "state") == "CLOSE";
+    Ok(rows
+        .iter()
+        .filter(|row| !bound_only(row))
+        .map(line)
+        .collect())
 }
 
 /// Says how many rows both sides have. What only one of them has must have
