@@ -11,7 +11,7 @@ use crate::linux::clock::Clock;
 use crate::linux::command_name::CommandNames;
 use crate::linux::cred::{Cred, CredModel, Groups};
 use crate::linux::memory_size::MmModel;
-use crate::linux::namespace::Namespaces;
+use crate::linux::namespace::{Kind, Namespaces};
 use crate::linux::path::{PathPointer, Paths};
 use crate::linux::per_cpu::PerCpu;
 use crate::linux::pid::PidModel;
@@ -128,13 +128,23 @@ impl Listing {
 }
 
 impl Listing {
-    /// Copies the `cred` at `address`.
+    /// Copies the `cred` at `address`, if there is one: in use, and of a user
+    /// namespace.
     ///
     /// # Errors
-    /// Why it can't be read.
+    /// Why it can't be read, or that there is none.
     pub fn cred(&self, guest: &Guest, address: VirtualAddress) -> Part<Cred> {
         let model = self.cred.as_ref().map_err(Clone::clone)?;
-        part(Cred::read(guest, model, address))
+        let cred = part(Cred::read(guest, model, address))?;
+        if cred.usage == 0 {
+            return Err(format!("the cred at {address} is in no use").into());
+        }
+        if let Ok(namespaces) = &self.namespaces {
+            namespaces
+                .inode(guest, Kind::User, cred.user_namespace)
+                .map_err(|error| format!("the cred at {address}: {error}"))?;
+        }
+        Ok(cred)
     }
 }
 

@@ -60,6 +60,21 @@ impl Kind {
         }
     }
 
+    /// The `proc_ns_operations` that every namespace of the kind points to
+    /// (`ns_common.ops`).
+    const fn operations(self) -> &'static str {
+        match self {
+            Self::Cgroup => "cgroupns_operations",
+            Self::Ipc => "ipcns_operations",
+            Self::Mount => "mntns_operations",
+            Self::Network => "netns_operations",
+            Self::Pid => "pidns_operations",
+            Self::Time => "timens_operations",
+            Self::User => "userns_operations",
+            Self::Uts => "utsns_operations",
+        }
+    }
+
     /// The kernel's structure, and the member that names the user namespace
     /// which owns it: for a user namespace its parent.
     const fn structure(self) -> (&'static str, &'static str) {
@@ -94,6 +109,7 @@ layout! {
 #[derive(Clone, Copy, Debug)]
 struct Places {
     inode: u64,
+    operations: u64,
     owner: u64,
 }
 
@@ -122,6 +138,7 @@ impl Layout for NamespaceModel {
                 let (structure, owner) = kind.structure();
                 Some(Places {
                     inode: types.member(structure, "ns.inum").ok()?.offset,
+                    operations: types.member(structure, "ns.ops").ok()?.offset,
                     owner: types.member(structure, owner).ok()?.offset,
                 })
             }),
@@ -161,7 +178,7 @@ impl NamespaceNumbers {
 pub struct Namespaces {
     model: Arc<NamespaceModel>,
     known: Mutex<AddressMap<(Pointers, NamespaceNumbers)>>,
-    inodes: Mutex<AddressMap<u32>>,
+    inodes: Mutex<AddressMap<(Kind, u32)>>,
 }
 
 impl Namespaces {
@@ -192,26 +209,30 @@ impl Namespaces {
         process: &Process,
         kind: Kind,
     ) -> Result<Option<VirtualAddress>, String> {
-        let member = match kind {
-            Kind::User => {
-                let cred = process.cred(guest).map_err(ToString::to_string)?;
-                return checked(guest, kind, cred.user_namespace).map(Some);
+        let found = match kind {
+            Kind::User => Some(
+                process
+                    .cred(guest)
+                    .map_err(ToString::to_string)?
+                    .user_namespace,
+            ),
+            Kind::Pid => process
+                .pids(guest)
+                .map_err(ToString::to_string)?
+                .map(|pids| pids.namespace),
+            _ => {
+                let member = self.model.member(kind);
+                let member = member.filter(|_| !process.task.nsproxy.is_null());
+                member
+                    .map(|member| guest.pointer(process.task.nsproxy, member))
+                    .transpose()
+                    .map_err(|error| format!("nsproxy: {error}"))?
             }
-            Kind::Pid => {
-                let pids = process.pids(guest).map_err(ToString::to_string)?;
-                return pids
-                    .map(|pids| checked(guest, kind, pids.namespace))
-                    .transpose();
-            }
-            _ => self.model.member(kind),
         };
-        let Some(member) = member.filter(|_| !process.task.nsproxy.is_null()) else {
-            return Ok(None);
-        };
-        let found = guest
-            .pointer(process.task.nsproxy, member)
-            .map_err(|error| format!("nsproxy: {error}"))?;
-        checked(guest, kind, found).map(Some)
+        if let Some(found) = found {
+            self.inode(guest, kind, found)?;
+        }
+        Ok(found)
     }
 
     /// The numbers of all namespaces that the `nsproxy` at that address holds.
@@ -247,7 +268,7 @@ impl Namespaces {
         let mut numbers = NamespaceNumbers::default();
         for ((kind, pointer), number) in Kind::ALL.into_iter().zip(pointers).zip(&mut numbers.0) {
             *number = match pointer {
-                Some(pointer) => Some(self.inode(guest, kind, checked(guest, kind, pointer)?)?),
+                Some(pointer) => Some(self.inode(guest, kind, pointer)?),
                 None => None,
             };
         }
@@ -255,10 +276,12 @@ impl Namespaces {
         Ok(numbers)
     }
 
-    /// The number of a namespace: that of its inode.
+    /// The number of a namespace: that of its inode. Whether there is a
+    /// namespace of that kind is known by its operations, which are a table of
+    /// the kernel's.
     ///
     /// # Errors
-    /// A text that says what could not be read.
+    /// A text that says what could not be read, or that there is none.
     pub fn inode(
         &self,
         guest: &Guest,
@@ -266,17 +289,34 @@ impl Namespaces {
         namespace: VirtualAddress,
     ) -> Result<u32, String> {
         let lock = || self.inodes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(inode) = lock().get(&namespace) {
+        if let Some((_, inode)) = lock().get(&namespace).filter(|known| known.0 == kind) {
             return Ok(*inode);
         }
+        checked(guest, kind, namespace)?;
         let places = self
             .places(kind)
             .ok_or_else(|| format!("the kernel has no type {}", kind.structure().0))?;
+        let operations = guest
+            .space()
+            .read_pointer(namespace.wrapping_add(places.operations))
+            .map_err(|error| error.to_string())?;
+        let symbol = kind.operations();
+        if guest
+            .symbols()
+            .address(symbol)
+            .is_some_and(|expected| expected != operations)
+        {
+            let structure = kind.structure().0;
+            return Err(format!(
+                "there is no {structure} at {namespace}: its operations are at {operations}, \
+                 which is not {symbol}"
+            ));
+        }
         let inode = guest
             .space()
             .read_u32(namespace.wrapping_add(places.inode))
             .map_err(|error| error.to_string())?;
-        lock().insert(namespace, inode);
+        lock().insert(namespace, (kind, inode));
         Ok(inode)
     }
 
@@ -301,7 +341,8 @@ impl Namespaces {
         if owner.is_null() {
             return Ok(None);
         }
-        checked(guest, Kind::User, owner).map(Some)
+        self.inode(guest, Kind::User, owner)?;
+        Ok(Some(owner))
     }
 }
 

@@ -179,10 +179,7 @@ impl Process {
     /// # Errors
     /// Why they can't be read.
     pub fn cred(&self, guest: &Guest) -> Result<&Cred, &Reason> {
-        let read = || {
-            let model = self.listing.cred.as_ref().map_err(Clone::clone)?;
-            Cred::read(guest, model, self.task.real_cred).map_err(reason)
-        };
+        let read = || self.listing.cred(guest, self.task.real_cred);
         self.cred.get_or_init(read).as_ref()
     }
 

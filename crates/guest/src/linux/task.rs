@@ -455,9 +455,22 @@ pub fn leaders<'g>(
         entries(guest, table, "task_struct.tasks", head, offset).filter_map(move |address| {
             let task = Task::read(guest, &model, address, Membership::Processes);
             let task = or_diagnostic(guest, table, address, task)?;
-            if task.group_leader != address && task.pid != task.tgid {
-                // On its way to become the first thread by execve.
-                guest.diagnostics().count_torn_read();
+            if task.group_leader != address || task.pid != task.tgid {
+                // A thread becomes the first one in several steps (execve of
+                // a thread).
+                match guest.space().memory().volatility() {
+                    Volatility::Live => guest.diagnostics().count_torn_read(),
+                    Volatility::Static => guest.diagnostics().record(Diagnostic {
+                        table,
+                        subject: format!("task_struct of pid {}", task.tgid),
+                        address: Some(address),
+                        reason: format!(
+                            "it is listed as a process, but its pid is {} and its first thread \
+                             at {}",
+                            task.pid, task.group_leader
+                        ),
+                    }),
+                }
             }
             if !pids.insert(task.tgid) {
                 // The process went on under another first thread (execve of a
