@@ -134,6 +134,11 @@ impl Synthetic {
         self.write(offset, &value.to_le_bytes());
     }
 
+    /// Puts an integer at a virtual address.
+    pub(crate) fn set(&self, address: u64, value: u64) {
+        self.write_u64(address - BASE.as_u64(), value);
+    }
+
     /// Puts the address of `target` there.
     pub(crate) fn write_pointer(&self, offset: u64, target: u64) {
         self.write_u64(offset, Self::at(target).as_u64());

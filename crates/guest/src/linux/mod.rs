@@ -40,8 +40,6 @@ pub mod snapshot;
 pub mod span;
 pub mod state;
 pub mod symbols;
-#[cfg(test)]
-pub mod synthetic;
 pub mod taint;
 pub mod task;
 pub mod threads;

@@ -210,9 +210,10 @@ mod tests {
     use secmon_memory::Volatility;
 
     use super::*;
-    use crate::linux::synthetic::{BASE, Synthetic};
+    use crate::synthetic::{self, Synthetic};
 
     /// Buckets at 64 KiB, members from 128 KiB on, 16 bytes before their nodes.
+    const BASE: u64 = synthetic::BASE.as_u64();
     const BUCKETS: u64 = BASE + 0x10000;
     const MEMBERS: u64 = BASE + 0x20000;
     const OFFSET: u64 = 16;

@@ -17,7 +17,8 @@ use secmon_profile::Member;
 
 use super::namespace::NetworkNamespace;
 use super::sock::SockModel;
-use crate::linux::list::{ChainEnd, chain_entries, is_object_address};
+use crate::linux::list::chain::{ChainEnd, chain_entries};
+use crate::linux::list::is_object_address;
 use crate::linux::rhashtable;
 use crate::{Diagnostic, Guest, TableError, layout};
 
