@@ -14,6 +14,10 @@ use serde_json::Value;
 /// Whole runs of each kind; the middle one counts.
 const RUNS: usize = 21;
 
+/// How far over its limit a value may be under `--check`, which runs among
+/// other tests on machines that others share.
+const CHECK_TOLERANCE: f64 = 2.0;
+
 /// One line of the report.
 struct Line {
     what: &'static str,
@@ -23,8 +27,9 @@ struct Line {
 }
 
 impl Line {
-    fn is_missed(&self) -> bool {
-        self.limit.is_some_and(|limit| self.value > limit)
+    fn is_missed(&self, tolerance: f64) -> bool {
+        self.limit
+            .is_some_and(|limit| self.value > limit * tolerance)
     }
 }
 
@@ -228,13 +233,14 @@ fn main() -> Result<()> {
         let path = manifest.join("../docs/performance.md");
         std::fs::write(&path, &text).with_context(|| path.display().to_string())?;
     }
-    let missed: Vec<_> = lines
+    let tolerance = if check { CHECK_TOLERANCE } else { 1.0 };
+    let missed = lines
         .iter()
-        .filter(|line| line.is_missed())
-        .map(|line| line.what)
-        .collect();
+        .filter(|line| line.is_missed(tolerance))
+        .map(|line| line.what);
+    let missed: Vec<_> = missed.collect();
     if !missed.is_empty() {
-        bail!("over the limit: {}", missed.join("; "));
+        bail!("over {tolerance} × the limit: {}", missed.join("; "));
     }
     Ok(())
 }
