@@ -101,7 +101,7 @@ impl Image {
             state
         };
         (0..count)
-            .map(|_| self.address(next() % SPAN & !7))
+            .map(|_| self.address((next() % SPAN) & !7))
             .collect()
     }
 }
