@@ -230,8 +230,6 @@ pub enum Membership {
     Processes,
     /// The threads of its process (`task_struct.thread_node`).
     Threads,
-    /// None that is known: a pointer led to it.
-    Unknown,
 }
 
 /// A validated copy of a `task_struct`.
@@ -417,7 +415,6 @@ impl Task {
         let member = match membership {
             Membership::Processes => &self.model.layout.tasks,
             Membership::Threads => &self.model.layout.thread_node,
-            Membership::Unknown => return true,
         };
         let node = self.address.wrapping_add(member.offset);
         let space = guest.space();

@@ -189,7 +189,7 @@ impl Iterator for ChainNodes<'_> {
 }
 
 /// The members of the `hlist` or `hlist_nulls` chain whose first pointer is at
-/// `first`, as [`entries`] gives those of a `list_head` list.
+/// `first`, as [`entries`](super::entries) gives those of a `list_head` list.
 pub fn chain_entries<'g>(
     guest: &'g Guest,
     table: &'static str,
