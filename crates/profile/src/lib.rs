@@ -18,7 +18,7 @@
 //! # }
 //! ```
 //!
-//! [`find`] goes from page tables to the kernel image to its symbol table to
+//! [`find`](fn@find) goes from page tables to the kernel image to its symbol table to
 //! the rest, and accepts each step only if it agrees with the ones before; what
 //! contradicts them is in [`Kernel::conflicts`]. [`Symbols`] and [`Types`] answer
 //! by name. Types come from the BTF that the kernel carries for its own use, or
