@@ -16,7 +16,7 @@ const RUNS: usize = 21;
 
 /// How far over its limit a value may be under `--check`, which runs among
 /// other tests on machines that others share.
-const CHECK_TOLERANCE: f64 = 2.0;
+const CHECK_TOLERANCE: f64 = 3.0;
 
 /// One line of the report.
 struct Line {
@@ -208,16 +208,10 @@ fn document(lines: &[Line]) -> Result<String> {
             .map_or(String::new(), |limit| format!("{limit} {}", line.unit));
         writeln!(
             text,
-            "| {} | {:.2} {} | {limit} |",
+            "| {} | {:.2} {} | {limit}{missed} |",
             line.what, line.value, line.unit
         )?;
     }
-    writeln!(
-        text,
-        "\n## Beside other tools\n\n\
-         `benches/peers.sh` measures volatility3, drgn and memflow on the same image in one run; \
-         it installs them and is not part of the tests."
-    )?;
     Ok(text)
 }
 
