@@ -206,6 +206,7 @@ fn document(lines: &[Line]) -> Result<String> {
         let limit = line
             .limit
             .map_or(String::new(), |limit| format!("{limit} {}", line.unit));
+        let missed = if line.is_missed(1.0) { ", missed" } else { "" };
         writeln!(
             text,
             "| {} | {:.2} {} | {limit}{missed} |",
