@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use secmon_truth::{PORT_NAME, Workload};
 
 use crate::acceleration::Acceleration;
+use crate::emulator::Emulator;
 use crate::guest::{Folder, Guest, Running};
 use crate::kernel::Kernel;
 use crate::suite::Suite;
@@ -59,6 +60,7 @@ pub enum QmpAccess {
 #[derive(Debug, Clone)]
 pub struct GuestBuilder {
     suite: Suite,
+    emulator: Emulator,
     name: Option<String>,
     memory_mib: u32,
     machine: Machine,
@@ -81,6 +83,7 @@ impl GuestBuilder {
     pub fn new(suite: Suite) -> Self {
         Self {
             suite,
+            emulator: Emulator::Installed,
             name: None,
             memory_mib: 512,
             machine: Machine::Q35,
@@ -99,6 +102,13 @@ impl GuestBuilder {
             acceleration: None,
             boot_timeout: Duration::from_secs(300),
         }
+    }
+
+    /// The QEMU that runs it; the installed one unless told.
+    #[must_use]
+    pub fn emulator(mut self, emulator: Emulator) -> Self {
+        self.emulator = emulator;
+        self
     }
 
     /// The name QEMU gets (`-name`); one of the lab's own otherwise.
@@ -218,7 +228,15 @@ impl GuestBuilder {
         let (truth, truth_end) = UnixStream::pair()?;
         let (control, control_end) = UnixStream::pair()?;
         let inherited = [OwnedFd::from(truth_end), OwnedFd::from(control_end)];
-        let mut command = self.command(&name, &kernel, acceleration, folder.path(), &inherited);
+        let program = self.emulator.program()?;
+        let mut command = self.command(
+            &program,
+            &name,
+            &kernel,
+            acceleration,
+            folder.path(),
+            &inherited,
+        );
         let errors = fs::File::create(folder.path().join("qemu.log"))?;
         command
             .stdin(Stdio::null())
@@ -260,6 +278,7 @@ impl GuestBuilder {
 
     fn command(
         &self,
+        program: &Path,
         name: &str,
         kernel: &Kernel,
         acceleration: Acceleration,
@@ -272,7 +291,7 @@ impl GuestBuilder {
             Machine::Q35 => "q35",
             Machine::I440fx => "pc",
         };
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(program);
         command.args(["-name", name, "-nodefaults", "-no-user-config"]);
         command.args(["-display", "none", "-no-reboot"]);
         command.args(["-accel", acceleration.name()]);

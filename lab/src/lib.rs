@@ -25,6 +25,7 @@ mod agent;
 mod archive;
 mod builder;
 mod cache;
+mod emulator;
 mod guest;
 mod image;
 mod initramfs;
@@ -39,6 +40,7 @@ pub use secmon_truth as truth;
 
 pub use acceleration::Acceleration;
 pub use builder::{Backing, GuestBuilder, Machine, Paging, QmpAccess};
+pub use emulator::Emulator;
 pub use guest::Guest;
 pub use image::{Truth, write_image};
 pub use kernel::Kernel;

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail};
 use secmon_lab::qmp::DumpFormat;
-use secmon_lab::{Backing, Guest, Paging, Suite, Workload};
+use secmon_lab::{Backing, Emulator, Guest, Paging, Suite, Workload};
 use secmon_tests::compare::{self, Truth};
 use secmon_tests::open::{self, Opened};
 
@@ -93,8 +93,9 @@ fn compare_live(live: &Opened, guest: &Guest) -> Result<Truth> {
     unreachable!("the last attempt returns")
 }
 
-fn compare(suite: Suite, paging: Paging, vcpus: u32) -> Result<()> {
+fn compare(emulator: Emulator, suite: Suite, paging: Paging, vcpus: u32) -> Result<()> {
     let guest = Guest::builder(suite)
+        .emulator(emulator)
         .paging(paging)
         .vcpus(vcpus)
         .backing(Backing::File)
@@ -117,11 +118,11 @@ fn compare(suite: Suite, paging: Paging, vcpus: u32) -> Result<()> {
 }
 
 macro_rules! configurations {
-    ($($name:ident: $suite:ident, $paging:ident, $vcpus:literal;)*) => {
+    ($($name:ident: $emulator:ident, $suite:ident, $paging:ident, $vcpus:literal;)*) => {
         $(
             #[test]
             fn $name() -> Result<()> {
-                compare(Suite::$suite, Paging::$paging, $vcpus)
+                compare(Emulator::$emulator, Suite::$suite, Paging::$paging, $vcpus)
             }
         )*
     };
@@ -129,18 +130,19 @@ macro_rules! configurations {
 
 // Debian builds its 5.10 without five-level paging.
 configurations! {
-    linux_5_10_four_levels_1_vcpu: Bullseye, FourLevel, 1;
-    linux_5_10_four_levels_4_vcpus: Bullseye, FourLevel, 4;
-    linux_6_1_four_levels_1_vcpu: Bookworm, FourLevel, 1;
-    linux_6_1_four_levels_4_vcpus: Bookworm, FourLevel, 4;
-    linux_6_1_five_levels_1_vcpu: Bookworm, FiveLevel, 1;
-    linux_6_1_five_levels_4_vcpus: Bookworm, FiveLevel, 4;
-    linux_6_12_four_levels_1_vcpu: Trixie, FourLevel, 1;
-    linux_6_12_four_levels_4_vcpus: Trixie, FourLevel, 4;
-    linux_6_12_five_levels_1_vcpu: Trixie, FiveLevel, 1;
-    linux_6_12_five_levels_4_vcpus: Trixie, FiveLevel, 4;
-    linux_7_2_four_levels_1_vcpu: Sid, FourLevel, 1;
-    linux_7_2_four_levels_4_vcpus: Sid, FourLevel, 4;
-    linux_7_2_five_levels_1_vcpu: Sid, FiveLevel, 1;
-    linux_7_2_five_levels_4_vcpus: Sid, FiveLevel, 4;
+    linux_5_10_four_levels_1_vcpu: Installed, Bullseye, FourLevel, 1;
+    linux_5_10_four_levels_4_vcpus: Installed, Bullseye, FourLevel, 4;
+    linux_6_1_four_levels_1_vcpu: Installed, Bookworm, FourLevel, 1;
+    linux_6_1_four_levels_4_vcpus: Installed, Bookworm, FourLevel, 4;
+    linux_6_1_five_levels_1_vcpu: Installed, Bookworm, FiveLevel, 1;
+    linux_6_1_five_levels_4_vcpus: Installed, Bookworm, FiveLevel, 4;
+    linux_6_12_four_levels_1_vcpu: Installed, Trixie, FourLevel, 1;
+    linux_6_12_four_levels_4_vcpus: Installed, Trixie, FourLevel, 4;
+    linux_6_12_five_levels_1_vcpu: Installed, Trixie, FiveLevel, 1;
+    linux_6_12_five_levels_4_vcpus: Installed, Trixie, FiveLevel, 4;
+    linux_7_2_four_levels_1_vcpu: Installed, Sid, FourLevel, 1;
+    linux_7_2_four_levels_4_vcpus: Installed, Sid, FourLevel, 4;
+    linux_7_2_five_levels_1_vcpu: Installed, Sid, FiveLevel, 1;
+    linux_7_2_five_levels_4_vcpus: Installed, Sid, FiveLevel, 4;
+    linux_6_12_on_qemu_10: Backports, Trixie, FourLevel, 1;
 }
