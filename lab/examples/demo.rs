@@ -72,7 +72,7 @@ const COMPARISONS: &[Comparison] = &[
     },
     Comparison {
         table: "files",
-        arguments: &["--filter", "type!=character_device", "--limit", "14"],
+        arguments: &["--filter", "type!=character", "--limit", "14"],
         listed: &[],
         columns: &["pid", "fd", "path"],
         truth: |guest| {
