@@ -13,6 +13,7 @@ pub mod linux;
 #[cfg(test)]
 pub(crate) mod synthetic;
 mod table;
+mod trust;
 mod value;
 
 pub use diagnostics::{Diagnostic, Diagnostics};
@@ -21,6 +22,7 @@ pub use layout::{Layout, member_of};
 pub use table::{
     Column, ColumnInfo, Cost, Kind, Request, Row, Selection, Shown, Table, TableError, TableOf,
 };
+pub use trust::TrustLevel;
 pub use value::{Text, Value};
 
 /// All tables, in the order in which they are documented.
