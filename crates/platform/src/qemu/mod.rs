@@ -17,6 +17,7 @@ mod open;
 pub mod pause;
 mod process;
 mod qmp;
+mod ram_file;
 
 pub use command_line::{CommandLine, MemoryBackend, MonitorSocket};
 pub use discovery::{Discovery, Monitor, QemuProcess, Reach, SkipReason, Skipped, discover};
@@ -27,7 +28,8 @@ pub use open::{
 };
 pub use pause::{Pause, PauseError, PauseMethod};
 pub use process::ProcessId;
-pub use qmp::{DEFAULT_TIMEOUT, QmpClient, QmpError, RamBlock, RunState, VcpuRegisters};
+pub use qmp::{DEFAULT_TIMEOUT, QemuDescriptor, QmpClient, QmpError, RamBlock, RunState, VcpuRegisters};
+pub use ram_file::{RamFile, RamFileError, RamFileKind};
 
 #[cfg(test)]
 #[path = "../../tests/machine/mod.rs"]

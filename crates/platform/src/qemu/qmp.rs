@@ -11,11 +11,16 @@
 //! (`info registers`).
 
 use std::io::{ErrorKind, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType,
+};
 use serde_json::{Value, json};
 
 /// The longest line taken from QEMU. `info mtree -f` of a machine with
@@ -97,6 +102,16 @@ pub enum QmpError {
         /// QEMU's words.
         description: String,
     },
+}
+
+/// A file that was handed to QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QemuDescriptor {
+    /// The number it has in QEMU: `/proc/self/fd/NUMBER` there.
+    pub number: u64,
+    /// The set of descriptors it belongs to: `/dev/fdset/SET` for options that
+    /// take one.
+    pub set: u64,
 }
 
 /// What QEMU's `query-status` says.
@@ -204,6 +219,42 @@ impl QmpClient {
             self.broken = true;
         }
         result
+    }
+
+    /// Hands QEMU an open file and gives the number of the descriptor that it
+    /// has there (`add-fd`).
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn add_descriptor(&mut self, file: BorrowedFd<'_>) -> Result<QemuDescriptor, QmpError> {
+        let command = "add-fd";
+        // The descriptor travels with a byte of its own ahead of the command:
+        // white space between two JSON values. QEMU keeps it for the next
+        // command that takes one.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let files = [file];
+        ancillary.push(SendAncillaryMessage::ScmRights(&files));
+        let bytes = [std::io::IoSlice::new(b"\n")];
+        rustix::net::sendmsg(&self.stream, &bytes, &mut ancillary, SendFlags::empty())
+            .map_err(|error| self.failed(command, &error.into()))?;
+        let added = self.execute(command, &json!({}))?;
+        let number = |name| added.get(name).and_then(Value::as_u64);
+        match (number("fd"), number("fdset-id")) {
+            (Some(number), Some(set)) => Ok(QemuDescriptor { number, set }),
+            _ => Err(self.protocol("add-fd says neither `fd` nor `fdset-id`")),
+        }
+    }
+
+    /// Closes a descriptor that [`add_descriptor`](Self::add_descriptor) gave
+    /// to QEMU.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn remove_descriptor(&mut self, descriptor: QemuDescriptor) -> Result<(), QmpError> {
+        let QemuDescriptor { number, set } = descriptor;
+        let arguments = json!({"fdset-id": set, "fd": number});
+        self.execute("remove-fd", &arguments).map(drop)
     }
 
     fn exchange(
