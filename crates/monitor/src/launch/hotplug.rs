@@ -1,0 +1,171 @@
+//! Plugging targets' RAM into a running monitoring VM, and taking it out.
+//!
+//! A target's file travels to QEMU as an open descriptor, because QEMU's user
+//! can enter no folder; QEMU opens it once more, for reading, through its own
+//! `/proc/self/fd`. Measured with QEMU 7.2 and 10.0: the file is open
+//! `O_RDONLY` and mapped `r--s`, and a device that was taken out and plugged in
+//! again has the same PCI address and BAR.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use secmon_platform::qemu::{QmpClient, QmpError};
+use serde_json::{Value, json};
+
+use super::command_line::{descriptor_path, port_id};
+
+/// How long a guest may take to let go of a device; one that is still booting
+/// does not answer.
+const UNPLUG_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long an answer of QEMU may take; mapping gigabytes takes its time on a
+/// loaded machine.
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why RAM could not be plugged in or taken out.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// QEMU refused, or doesn't answer.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The guest does not let go of the device.
+    #[error("the monitoring VM did not let go of slot {slot} within {UNPLUG_PATIENCE:?}")]
+    Held {
+        /// The slot.
+        slot: u32,
+    },
+}
+
+/// QEMU's control connection.
+#[derive(Debug)]
+pub struct Plug {
+    qmp: QmpClient,
+    /// Goes up with each backend, so that no id is used twice: QEMU keeps a
+    /// backend for a moment after its device has gone.
+    generation: u64,
+}
+
+impl Plug {
+    /// Connects to the monitor's QEMU.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn connect(socket: &Path) -> Result<Self, QmpError> {
+        Ok(Self {
+            qmp: QmpClient::connect(socket, TIMEOUT)?,
+            generation: 0,
+        })
+    }
+
+    /// Lets the VM run that was set up.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn start(&mut self) -> Result<(), QmpError> {
+        self.qmp.resume()
+    }
+
+    /// Ends the VM.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn quit(&mut self) -> Result<(), QmpError> {
+        self.qmp.execute("quit", &json!({})).map(drop)
+    }
+
+    /// Whether the VM runs.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn is_running(&mut self) -> Result<bool, QmpError> {
+        Ok(self.qmp.status()?.running)
+    }
+
+    /// Plugs a RAM file of `size` bytes into a slot, to be read only.
+    ///
+    /// # Errors
+    /// [`PlugError`]; nothing is left of a failed attempt.
+    pub fn plug(&mut self, slot: u32, ram: &File, size: u64) -> Result<(), PlugError> {
+        self.generation += 1;
+        let backend = format!("ram{slot}-{}-{}", std::process::id(), self.generation);
+        let descriptor = self.qmp.add_descriptor(ram.as_fd())?;
+        let number = i32::try_from(descriptor.number).unwrap_or(-1);
+        let made = self.qmp.execute(
+            "object-add",
+            &json!({
+                "qom-type": "memory-backend-file",
+                "id": backend,
+                "size": size,
+                "mem-path": descriptor_path(number),
+                "share": true,
+                "readonly": true,
+            }),
+        );
+        let closed = self.qmp.remove_descriptor(descriptor);
+        made?;
+        closed?;
+        let added = self.qmp.execute(
+            "device_add",
+            &json!({
+                "driver": "ivshmem-plain",
+                "id": device_id(slot),
+                "memdev": backend,
+                "bus": port_id(slot),
+            }),
+        );
+        if let Err(error) = added {
+            let _ = self.qmp.execute("object-del", &json!({"id": backend}));
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Takes a slot's RAM out.
+    ///
+    /// # Errors
+    /// [`PlugError`].
+    pub fn unplug(&mut self, slot: u32) -> Result<(), PlugError> {
+        let Some(backend) = self.backend(slot)? else {
+            return Ok(());
+        };
+        self.qmp
+            .execute("device_del", &json!({"id": device_id(slot)}))?;
+        let deadline = Instant::now() + UNPLUG_PATIENCE;
+        while self.backend(slot)?.is_some() {
+            if Instant::now() > deadline {
+                return Err(PlugError::Held { slot });
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        self.qmp.execute("object-del", &json!({"id": backend}))?;
+        Ok(())
+    }
+
+    /// The id of the backend of a slot's device; `None` if it is empty.
+    fn backend(&mut self, slot: u32) -> Result<Option<String>, PlugError> {
+        let path = format!("/machine/peripheral/{}", device_id(slot));
+        let listed = self
+            .qmp
+            .execute("qom-list", &json!({"path": "/machine/peripheral"}))?;
+        let id = device_id(slot);
+        let there = listed.as_array().is_some_and(|entries| {
+            entries
+                .iter()
+                .any(|entry| entry.get("name").and_then(Value::as_str) == Some(&id))
+        });
+        if !there {
+            return Ok(None);
+        }
+        let memdev = self
+            .qmp
+            .execute("qom-get", &json!({"path": path, "property": "memdev"}))?;
+        let backend = memdev.as_str().and_then(|path| path.rsplit('/').next());
+        Ok(backend.map(str::to_owned))
+    }
+}
+
+fn device_id(slot: u32) -> String {
+    format!("target{slot}")
+}
