@@ -1,9 +1,18 @@
 //! Starting a monitoring VM on a host, watching over it, and ending it.
+//!
+//! [`up`](up::up) checks the targets, makes the monitor's
+//! [folder](run_directory) with its keys and starts the
+//! [supervisor](supervisor::supervise), a process of its own. The supervisor
+//! starts QEMU through the [starter](starter), which gives up every right but
+//! reading the targets' RAM files, and [plugs](hotplug) that RAM in.
+//! [`connect`](connect::connect) talks to the monitor inside.
 
 pub mod account;
 pub mod command_line;
+pub mod connect;
 pub mod console;
 pub mod emulator;
+mod files;
 pub mod hotplug;
 mod name;
 pub mod process;
@@ -11,6 +20,16 @@ pub mod read_access;
 pub mod run_directory;
 pub mod starter;
 pub mod state;
+pub mod supervisor;
 pub mod target;
+pub mod up;
 
 pub use name::{MonitorName, NameError};
+
+/// The hidden command by which `secmon` becomes a monitor's QEMU, with the
+/// plan's file as its argument.
+pub const START_COMMAND: &str = "__monitor-start";
+
+/// The hidden command by which `secmon` becomes a monitor's supervisor, with
+/// the monitor's name as its argument.
+pub const SUPERVISE_COMMAND: &str = "__monitor-supervise";

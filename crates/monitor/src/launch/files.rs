@@ -1,0 +1,16 @@
+//! The names of the files in a monitor's folder; what they are is said in
+//! [`run_directory`](super::run_directory).
+
+pub const LOCK: &str = "lock";
+pub const SETTINGS: &str = "settings.json";
+pub const CONFIGURATION: &str = "configuration.json";
+pub const CLIENT_KEY: &str = "client.key";
+pub const MONITOR_KEY: &str = "monitor.key";
+pub const PROCESSES: &str = "processes.json";
+pub const STATE: &str = "state.json";
+pub const SHAPES: &str = "shapes.json";
+pub const PLAN: &str = "plan.json";
+pub const CHANNEL_LOCK: &str = "channel.lock";
+pub const UP_LOCK: &str = "up.lock";
+pub const CONSOLE_LOG: &str = "console.log";
+pub const SUPERVISOR_LOG: &str = "supervisor.log";

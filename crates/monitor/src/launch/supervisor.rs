@@ -1,0 +1,592 @@
+//! The process that keeps a monitor going: starts its VM, starts it again with
+//! back-off when it dies, plugs targets in as they come and out as they go,
+//! and writes down what it sees.
+//!
+//! It may die at any moment, by `kill -9` too: the VM and the targets go on,
+//! and the next supervisor finds the VM by its number and start time and takes
+//! it over. It holds no connection to a target and stops none.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use secmon_channel::{KeyError, KeyPair, Peer};
+use secmon_platform::qemu::QmpError;
+
+use super::command_line::{Machine, guest_name, pci_address};
+use super::console::Console;
+use super::hotplug::{Plug, PlugError};
+use super::process::ProcessRecord;
+use super::read_access;
+use super::run_directory::{Lock, RunDirectory, RunDirectoryError};
+use super::starter::StartPlan;
+use super::state::{Processes, Settings, State, TargetState, now};
+use super::target::{RunningTarget, TargetError};
+use super::{MonitorName, files};
+use crate::protocol::{Configuration, ConfigurationError, Limits, TargetConfiguration};
+
+/// How often it looks around.
+const TICK: Duration = Duration::from_millis(250);
+/// How often it looks for targets.
+const LOOK: Duration = Duration::from_secs(1);
+/// How often the state is written where nothing has changed.
+const WRITE: Duration = Duration::from_secs(5);
+/// How long QEMU may take until it speaks QMP.
+const START: Duration = Duration::from_secs(60);
+/// The first and the longest wait before a VM that died is started again.
+const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// A VM that ran this long has the first wait again.
+const STEADY: Duration = Duration::from_secs(120);
+
+/// Why a supervisor can't do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    /// The folder.
+    #[error(transparent)]
+    RunDirectory(#[from] RunDirectoryError),
+    /// Another one does it.
+    #[error("monitor {0} has a supervisor already")]
+    Twice(MonitorName),
+    /// The folder lacks what a monitor is started with.
+    #[error("monitor {0} was not set up: start it with `secmon monitor up`")]
+    NotSetUp(MonitorName),
+    /// A key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The configuration.
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
+    /// The VM can't be started.
+    #[error("starting the monitoring VM: {0}")]
+    Start(io::Error),
+    /// QEMU ended at once.
+    #[error("QEMU ended as soon as it was started ({status}); {log} says why")]
+    Ended {
+        /// How.
+        status: String,
+        /// The log.
+        log: PathBuf,
+    },
+    /// QEMU does not answer.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+}
+
+/// A running VM.
+struct Running {
+    process: ProcessRecord,
+    /// Of a VM that this supervisor started.
+    child: Option<Child>,
+    console: Option<Console>,
+    plug: Plug,
+    since: Instant,
+    /// What the configuration of this VM says of each slot's RAM.
+    shapes: Vec<Shape>,
+    /// The RAM files that its confinement lets it open.
+    openable: Vec<(u64, u64)>,
+}
+
+/// What a monitor must know of a target's RAM before it starts.
+type Shape = Option<(u64, Option<String>)>;
+
+/// Why a VM has to be started anew for a target.
+enum Misfit {
+    Shape,
+    Confinement,
+}
+
+struct Supervisor {
+    name: MonitorName,
+    directory: RunDirectory,
+    settings: Settings,
+    state: State,
+    _lock: Lock,
+    machine: Option<Running>,
+    back_off: Duration,
+    start_at: Instant,
+}
+
+/// Runs the supervisor of the monitor `name`. Only comes back with an error:
+/// it is ended by a signal.
+///
+/// # Errors
+/// [`SupervisorError`].
+pub fn supervise(name: &MonitorName) -> Result<std::convert::Infallible, SupervisorError> {
+    // Of a terminal's session no more, so that its end isn't this one's.
+    let _ = rustix::process::setsid();
+    let directory = RunDirectory::of(name)?;
+    let lock = directory.lock(files::LOCK)?;
+    let lock = lock.ok_or_else(|| SupervisorError::Twice(name.clone()))?;
+    let settings: Option<Settings> = directory.read(files::SETTINGS)?;
+    let settings = settings.ok_or_else(|| SupervisorError::NotSetUp(name.clone()))?;
+    let state: State = directory.read(files::STATE)?.unwrap_or_default();
+    let mut supervisor = Supervisor {
+        name: name.clone(),
+        directory,
+        settings,
+        state,
+        _lock: lock,
+        machine: None,
+        back_off: BACK_OFF.0,
+        start_at: Instant::now(),
+    };
+    supervisor.adopt()?;
+    supervisor.run()
+}
+
+impl Supervisor {
+    fn run(&mut self) -> Result<std::convert::Infallible, SupervisorError> {
+        let mut looked: Option<Instant> = None;
+        let mut written: Option<Instant> = None;
+        loop {
+            let before = self.state.clone();
+            self.reap();
+            if self.machine.is_none() && Instant::now() >= self.start_at {
+                self.start_or_wait();
+                looked = Some(Instant::now());
+            }
+            if let Some(console) = self.machine.as_mut().and_then(|m| m.console.as_mut()) {
+                // A full disk must not end the watch.
+                let _ = console.drain();
+            }
+            if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+                self.look();
+                looked = Some(Instant::now());
+            }
+            let stale = written.is_none_or(|written| written.elapsed() >= WRITE);
+            if stale || self.state != before {
+                self.state.updated = now();
+                self.directory.write(files::STATE, &self.state)?;
+                written = Some(Instant::now());
+            }
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// Takes over the VM that an earlier supervisor left.
+    fn adopt(&mut self) -> Result<(), SupervisorError> {
+        let mut processes: Processes = self.directory.read(files::PROCESSES)?.unwrap_or_default();
+        let own = ProcessRecord::of(std::process::id());
+        processes.supervisor = own;
+        let machine = processes.machine.filter(|machine| machine.is_alive());
+        processes.machine = machine;
+        self.directory.write(files::PROCESSES, &processes)?;
+        self.state.targets = self.absent();
+        let Some(process) = machine else {
+            self.state.machine_since = None;
+            return Ok(());
+        };
+        match Plug::connect(&self.directory.qmp_socket()) {
+            Ok(plug) => {
+                self.state
+                    .note("a new supervisor took over the running monitoring VM");
+                let shapes: Option<Vec<Shape>> = self.directory.read(files::SHAPES)?;
+                self.machine = Some(Running {
+                    process,
+                    child: None,
+                    console: None,
+                    plug,
+                    since: Instant::now(),
+                    shapes: shapes.unwrap_or_default(),
+                    openable: Vec::new(),
+                });
+                self.replug();
+            }
+            Err(error) => {
+                self.state.note(format!(
+                    "the monitoring VM left by an earlier supervisor does not answer ({error}); it is ended"
+                ));
+                let _ = process.end(Duration::from_secs(5));
+                self.forget_machine()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// After a take-over: what is plugged in is taken for what runs, slot by
+    /// slot, and whatever is doubtful is plugged in anew.
+    fn replug(&mut self) {
+        let slots = self.settings.targets.len();
+        for slot in 0..slots {
+            let number = u32::try_from(slot).unwrap_or(u32::MAX);
+            if let Some(machine) = &mut self.machine
+                && let Err(error) = machine.plug.unplug(number)
+            {
+                self.state.note(format!("slot {slot}: {error}"));
+            }
+        }
+        self.look();
+    }
+
+    fn absent(&self) -> Vec<(String, TargetState)> {
+        let targets = self.settings.targets.iter();
+        targets
+            .map(|target| (target.to_string(), TargetState::Absent))
+            .collect()
+    }
+
+    /// Notices a VM that ended.
+    fn reap(&mut self) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let status = match &mut machine.child {
+            Some(child) => match child.try_wait() {
+                Ok(Some(status)) => status.to_string(),
+                _ => return,
+            },
+            None if machine.process.is_alive() => return,
+            None => "of which nothing is known".to_owned(),
+        };
+        if let Some(console) = &mut machine.console {
+            let _ = console.drain();
+        }
+        if machine.since.elapsed() > STEADY {
+            self.back_off = BACK_OFF.0;
+        }
+        self.state.note(format!(
+            "the monitoring VM ended ({status}); it is started again in {:?}",
+            self.back_off
+        ));
+        self.machine_ended();
+    }
+
+    fn machine_ended(&mut self) {
+        if let Err(error) = self.forget_machine() {
+            self.state.note(error.to_string());
+        }
+        self.start_at = Instant::now() + self.back_off;
+        self.back_off = (self.back_off * 2).min(BACK_OFF.1);
+    }
+
+    fn forget_machine(&mut self) -> Result<(), RunDirectoryError> {
+        self.machine = None;
+        self.state.machine_since = None;
+        self.state.targets = self.absent();
+        let mut processes: Processes = self.directory.read(files::PROCESSES)?.unwrap_or_default();
+        processes.machine = None;
+        self.directory.write(files::PROCESSES, &processes)
+    }
+
+    fn start_or_wait(&mut self) {
+        if self.state.machine_since.is_none() && !self.state.events.is_empty() {
+            self.state.restarts += 1;
+        }
+        match self.start() {
+            Ok(machine) => {
+                self.state.machine_since = Some(now());
+                self.state.note(format!(
+                    "the monitoring VM was started: process {}",
+                    machine.process.pid
+                ));
+                self.machine = Some(machine);
+            }
+            Err(error) => {
+                self.state.note(format!(
+                    "{error}; it is tried again in {:?}",
+                    self.back_off
+                ));
+                self.machine_ended();
+            }
+        }
+    }
+
+    /// Starts the VM with every target that runs.
+    fn start(&mut self) -> Result<Running, SupervisorError> {
+        let found: Vec<Result<RunningTarget, TargetError>> =
+            self.settings.targets.iter().map(|t| t.find()).collect();
+        let shapes: Vec<Shape> = found
+            .iter()
+            .map(|target| target.as_ref().ok().map(shape))
+            .collect();
+        self.write_configuration(&shapes)?;
+        self.directory.write(files::SHAPES, &shapes)?;
+        let running = found.iter().filter_map(|target| target.as_ref().ok());
+        let plan = StartPlan {
+            program: self.settings.program.clone(),
+            machine: Machine {
+                name: guest_name(&self.name),
+                accelerator: self.settings.accelerator,
+                memory_mib: self.settings.memory_mib,
+                kernel_arguments: self.settings.kernel_arguments.clone(),
+                target_slots: u32::try_from(self.settings.targets.len()).unwrap_or(u32::MAX),
+                gates: Vec::new(),
+                reconnect: self.settings.reconnect,
+            },
+            account: self.settings.account,
+            kernel: self.settings.kernel.clone(),
+            initramfs: self.settings.initramfs.clone(),
+            configuration: self.directory.file(files::CONFIGURATION),
+            qmp_socket: self.directory.qmp_socket(),
+            channel_socket: self.directory.channel_socket(),
+            ram_files: running.clone().map(|target| target.ram.path.clone()).collect(),
+            ends_with_parent: false,
+        };
+        let openable = running.map(|target| target.ram.identity).collect();
+        self.directory.write(files::PLAN, &plan)?;
+        let (console, qemu_end) = UnixStream::pair().map_err(SupervisorError::Start)?;
+        let end = |stream: &UnixStream| {
+            let end = stream.try_clone().map_err(SupervisorError::Start)?;
+            Ok::<_, SupervisorError>(Stdio::from(OwnedFd::from(end)))
+        };
+        let program = std::env::current_exe().map_err(SupervisorError::Start)?;
+        let mut child = Command::new(program)
+            .arg(super::START_COMMAND)
+            .arg(self.directory.file(files::PLAN))
+            .stdin(end(&qemu_end)?)
+            .stdout(end(&qemu_end)?)
+            .stderr(end(&qemu_end)?)
+            .spawn()
+            .map_err(SupervisorError::Start)?;
+        drop(qemu_end);
+        let log = self.directory.file(files::CONSOLE_LOG);
+        let mut console = Console::new(console, log).map_err(SupervisorError::Start)?;
+        let process = ProcessRecord::of(child.id());
+        let mut processes: Processes = self.directory.read(files::PROCESSES)?.unwrap_or_default();
+        processes.machine = process;
+        self.directory.write(files::PROCESSES, &processes)?;
+        let plug = self.connect(&mut child, &mut console);
+        let (Ok(mut plug), Some(process)) = (plug, process) else {
+            let _ = child.kill();
+            let status = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+            let _ = console.drain();
+            let log = self.directory.file(files::CONSOLE_LOG);
+            return Err(SupervisorError::Ended { status, log });
+        };
+        for (slot, target) in found.into_iter().enumerate() {
+            let state = match target {
+                Ok(target) => self.plug_in(&mut plug, slot, &target),
+                Err(error) => without(&error),
+            };
+            self.set(slot, state);
+        }
+        plug.start()?;
+        Ok(Running {
+            process,
+            child: Some(child),
+            console: Some(console),
+            plug,
+            since: Instant::now(),
+            shapes,
+            openable,
+        })
+    }
+
+    /// Waits until QEMU speaks QMP.
+    fn connect(&self, child: &mut Child, console: &mut Console) -> Result<Plug, SupervisorError> {
+        let deadline = Instant::now() + START;
+        loop {
+            let _ = console.drain();
+            match Plug::connect(&self.directory.qmp_socket()) {
+                Ok(plug) => return Ok(plug),
+                Err(error) => {
+                    let ended = child.try_wait().ok().flatten();
+                    if ended.is_some() || Instant::now() > deadline {
+                        return Err(error.into());
+                    }
+                }
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn write_configuration(&self, shapes: &[Shape]) -> Result<(), SupervisorError> {
+        let monitor = KeyPair::read(&self.directory.file(files::MONITOR_KEY))?;
+        let client = KeyPair::read(&self.directory.file(files::CLIENT_KEY))?;
+        let targets = self.settings.targets.iter().zip(shapes).enumerate();
+        let configuration = Configuration {
+            version: 1,
+            name: self.name.to_string(),
+            secret_key: monitor.secret().clone(),
+            clients: vec![Peer {
+                name: "host".into(),
+                key: client.public(),
+            }],
+            targets: targets
+                .map(|(slot, (target, shape))| {
+                    let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+                    let layout = shape.as_ref().and_then(|(_, layout)| layout.as_ref());
+                    TargetConfiguration {
+                        name: target.short(),
+                        pci: pci_address(slot).parse().ok(),
+                        ram_size: shape.as_ref().map(|(size, _)| *size),
+                        layout: layout.and_then(|layout| layout.parse().ok()),
+                        gate: None,
+                    }
+                })
+                .collect(),
+            limits: Limits::default(),
+        };
+        configuration.check()?;
+        let file = files::CONFIGURATION;
+        Ok(self.directory.write(file, &configuration)?)
+    }
+
+    /// Plugs a target in and says what it is now.
+    fn plug_in(&self, plug: &mut Plug, slot: usize, target: &RunningTarget) -> TargetState {
+        let Some(name) = self.settings.targets.get(slot) else {
+            return TargetState::Absent;
+        };
+        let refused = |reason: String| TargetState::Refused { reason };
+        let (file, size) = match name.open_ram(target) {
+            Ok(opened) => opened,
+            Err(error) => return refused(error.to_string()),
+        };
+        if let Some(account) = self.settings.account
+            && let Err(error) = read_access::allow_reading(&file, account)
+        {
+            let shown = target.ram.shown.display();
+            return refused(format!("giving the monitor's user reading of {shown}: {error}"));
+        }
+        let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+        match plug.plug(slot, &file, size) {
+            Ok(()) => TargetState::Watched {
+                process: target.process,
+                file: target.ram.shown.display().to_string(),
+                ram_size: target.ram.ram_size,
+            },
+            Err(error) => refused(error.to_string()),
+        }
+    }
+
+    fn set(&mut self, slot: usize, state: TargetState) {
+        let Some((name, old)) = self.state.targets.get_mut(slot) else {
+            return;
+        };
+        if *old == state {
+            return;
+        }
+        let text = match &state {
+            TargetState::Watched { process, .. } => {
+                format!("{name} is watched: process {}", process.pid)
+            }
+            TargetState::Absent => format!("{name} does not run"),
+            TargetState::Refused { reason } => format!("{name} can't be watched: {reason}"),
+        };
+        *old = state;
+        self.state.note(text);
+    }
+
+    /// Looks which targets came and went.
+    fn look(&mut self) {
+        let Some(mut machine) = self.machine.take() else {
+            return;
+        };
+        let mut misfit = None;
+        for slot in 0..self.settings.targets.len() {
+            let Some((_, current)) = self.state.targets.get(slot).cloned() else {
+                continue;
+            };
+            if let TargetState::Watched { process, .. } = &current {
+                if process.is_alive() {
+                    continue;
+                }
+                let number = u32::try_from(slot).unwrap_or(u32::MAX);
+                match machine.plug.unplug(number) {
+                    Ok(()) => self.set(slot, TargetState::Absent),
+                    // Tried again at the next look.
+                    Err(PlugError::Held { .. }) => continue,
+                    Err(error) => {
+                        self.state.note(format!("slot {slot}: {error}"));
+                        continue;
+                    }
+                }
+            }
+            let Some(found) = self.settings.targets.get(slot).map(|target| target.find()) else {
+                continue;
+            };
+            let state = match found {
+                Err(error) => without(&error),
+                Ok(target) => match fits(&machine, slot, &target) {
+                    Ok(()) => self.plug_in(&mut machine.plug, slot, &target),
+                    Err(why) => {
+                        misfit = Some((slot, why));
+                        continue;
+                    }
+                },
+            };
+            self.set(slot, state);
+        }
+        self.machine = Some(machine);
+        if let Some((slot, why)) = misfit {
+            self.start_anew(slot, &why);
+        }
+    }
+
+    /// Ends the VM, to start one that knows the target as it is now.
+    fn start_anew(&mut self, slot: usize, why: &Misfit) {
+        let name = self.settings.targets.get(slot).map(ToString::to_string);
+        let name = name.unwrap_or_default();
+        let why = match why {
+            Misfit::Shape => "has RAM of another size or layout than the monitoring VM was told",
+            Misfit::Confinement => "has a RAM file that the monitoring VM's QEMU may not open",
+        };
+        self.state.note(format!(
+            "{name} {why}: the monitoring VM is started anew"
+        ));
+        let Some(mut machine) = self.machine.take() else {
+            return;
+        };
+        let _ = machine.plug.quit();
+        if !machine.process.end(Duration::from_secs(5)) {
+            self.state.note("the monitoring VM can't be ended");
+        }
+        if let Some(child) = &mut machine.child {
+            let _ = child.wait();
+        }
+        if let Err(error) = self.forget_machine() {
+            self.state.note(error.to_string());
+        }
+        self.start_at = Instant::now();
+    }
+}
+
+fn shape(target: &RunningTarget) -> (u64, Option<String>) {
+    let layout = target.ram.layout.as_ref().map(ToString::to_string);
+    (target.ram.ram_size, layout)
+}
+
+/// Whether the running VM can take the target as it is.
+fn fits(machine: &Running, slot: usize, target: &RunningTarget) -> Result<(), Misfit> {
+    if machine.shapes.get(slot).cloned().flatten() != Some(shape(target)) {
+        return Err(Misfit::Shape);
+    }
+    // An anonymous file lies in no folder, which is all that landlock guards.
+    let anonymous = target.ram.kind == secmon_platform::qemu::RamFileKind::Anonymous;
+    if anonymous || machine.openable.contains(&target.ram.identity) {
+        return Ok(());
+    }
+    Err(Misfit::Confinement)
+}
+
+fn without(error: &TargetError) -> TargetState {
+    use secmon_platform::qemu::QemuError;
+    match error {
+        TargetError::Qemu(QemuError::NotFound { .. } | QemuError::NotATarget { .. }) => {
+            TargetState::Absent
+        }
+        error => TargetState::Refused {
+            reason: error.to_string(),
+        },
+    }
+}
+
+/// Takes back what a monitor's user was allowed, as far as the targets still
+/// run.
+pub(super) fn forbid(settings: &Settings) {
+    let Some(account) = settings.account else {
+        return;
+    };
+    for target in &settings.targets {
+        if let Ok(running) = target.find()
+            && let Ok(file) = fs::File::open(&running.ram.path)
+        {
+            // The file may be gone, and its entry with it.
+            let _ = read_access::forbid_reading(&file, account);
+        }
+    }
+}
