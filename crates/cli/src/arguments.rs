@@ -10,6 +10,7 @@ use clap_complete::Shell;
 use secmon_platform::image::ImageFormat;
 
 use crate::location::Location;
+use crate::monitor::arguments::MonitorCommand;
 
 /// How rows are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -261,6 +262,10 @@ pub enum BuiltIn {
 
     /// Write the target's memory to a file
     Dump(DumpArguments),
+
+    /// The monitoring VM: start it beside targets, ask it, end it
+    #[command(subcommand, hide = true)]
+    Monitor(MonitorCommand),
 
     /// Print a completion script for a shell
     #[command(after_help = "Examples:

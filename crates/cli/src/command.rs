@@ -232,24 +232,40 @@ pub fn command() -> Command {
 /// Reads the command line; usage errors and help end the process here.
 pub fn parse(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> (Common, Action) {
     let mut command = command();
-    let parsed = command
-        .try_get_matches_from_mut(arguments)
-        .and_then(|matches| {
-            let common = Common::from_arg_matches(&matches)?;
-            let action = match matches.subcommand() {
-                Some((name, of_table)) if secmon_guest::table(name).is_some() => {
-                    let rows = RowOptions::from_arg_matches(of_table)?;
-                    secmon_guest::table(name).map(|table| Action::Show(table, Box::new(rows)))
-                }
-                _ => None,
-            };
-            let action = match action {
-                Some(action) => action,
-                None => Action::BuiltIn(Box::new(BuiltIn::from_arg_matches(&matches)?)),
-            };
-            Ok((common, action))
-        });
+    let parsed = matched(&mut command, arguments);
     parsed.unwrap_or_else(|error| error.format(&mut command).exit())
+}
+
+/// Reads a command line that was typed into a console.
+///
+/// # Errors
+/// The text of a usage error, or of the help that was asked for.
+pub fn try_parse(
+    arguments: impl IntoIterator<Item = std::ffi::OsString>,
+) -> Result<(Common, Action), String> {
+    let mut command = command();
+    let parsed = matched(&mut command, arguments);
+    parsed.map_err(|error| error.format(&mut command).to_string())
+}
+
+fn matched(
+    command: &mut Command,
+    arguments: impl IntoIterator<Item = std::ffi::OsString>,
+) -> Result<(Common, Action), clap::Error> {
+    let matches = command.try_get_matches_from_mut(arguments)?;
+    let common = Common::from_arg_matches(&matches)?;
+    let action = match matches.subcommand() {
+        Some((name, of_table)) if secmon_guest::table(name).is_some() => {
+            let rows = RowOptions::from_arg_matches(of_table)?;
+            secmon_guest::table(name).map(|table| Action::Show(table, Box::new(rows)))
+        }
+        _ => None,
+    };
+    let action = match action {
+        Some(action) => action,
+        None => Action::BuiltIn(Box::new(BuiltIn::from_arg_matches(&matches)?)),
+    };
+    Ok((common, action))
 }
 
 #[cfg(test)]

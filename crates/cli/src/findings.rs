@@ -12,13 +12,36 @@ use crate::report::Reporter;
 /// How many diagnostics are said unless all are asked for.
 const SAID: usize = 3;
 
+/// What could not be read on the way, whoever says so.
+#[derive(Debug, Default)]
+pub struct Told {
+    /// A line for each of those that are known.
+    pub lines: Vec<String>,
+    /// How many there are.
+    pub total: u64,
+    /// Reads that were made again because the guest changed meanwhile.
+    pub torn_reads: u64,
+}
+
+impl From<&Guest> for Told {
+    fn from(guest: &Guest) -> Self {
+        let diagnostics = guest.diagnostics();
+        let list = diagnostics.list();
+        Self {
+            total: list.len() as u64 + diagnostics.dropped(),
+            lines: list.iter().map(describe).collect(),
+            torn_reads: diagnostics.torn_reads(),
+        }
+    }
+}
+
 /// Tells what a listing lacks.
 ///
 /// # Errors
 /// If the table could not be made, if it is empty for what could not be read,
 /// or, when `strict`, if anything at all could not be read.
 pub fn report(
-    guest: &Guest,
+    told: &Told,
     query: &Query,
     outcome: Outcome,
     strict: bool,
@@ -48,8 +71,8 @@ pub fn report(
         ));
     }
     if let Some(error) = outcome.error {
-        tell_diagnostics(guest, reporter);
-        return Err(error.into());
+        tell_diagnostics(told, reporter);
+        return Err(error);
     }
     if query.table().name() == "diagnostics" {
         // Its rows are what would be told.
@@ -58,7 +81,7 @@ pub fn report(
         }
         return Ok(());
     }
-    let total = tell_diagnostics(guest, reporter);
+    let total = tell_diagnostics(told, reporter);
     if summary.rows == 0 && total > 0 {
         bail!("nothing could be listed, see the warnings");
     }
@@ -72,35 +95,36 @@ pub fn report(
     Ok(())
 }
 
-/// Says what is in the guest's diagnostics, and how much that is.
-fn tell_diagnostics(guest: &Guest, reporter: Reporter) -> u64 {
-    let diagnostics = guest.diagnostics();
-    let list = diagnostics.list();
-    let total = list.len() as u64 + diagnostics.dropped();
-    if total > 0 {
+/// Says what could not be read, and how much that is.
+fn tell_diagnostics(told: &Told, reporter: Reporter) -> u64 {
+    let Told {
+        lines,
+        total,
+        torn_reads,
+    } = told;
+    if *total > 0 {
         reporter.warn(format_args!(
             "this listing may be incomplete: {} could not be read or did not agree",
-            counted(total, "thing")
+            counted(*total, "thing")
         ));
-        let said = if reporter.verbose { list.len() } else { SAID };
-        for diagnostic in list.iter().take(said) {
-            reporter.warn(describe(diagnostic));
+        let said = if reporter.verbose { lines.len() } else { SAID };
+        for line in lines.iter().take(said) {
+            reporter.warn(line);
         }
-        if total > said as u64 {
+        if *total > said as u64 {
             reporter.warn(format_args!(
                 "{} more: -v says all that are kept, and so does `secmon diagnostics`",
                 total - said as u64
             ));
         }
     }
-    let torn = diagnostics.torn_reads();
-    if torn > 0 {
+    if *torn_reads > 0 {
         reporter.note(format_args!(
             "{} while the guest changed what was read, and made again",
-            counted(torn, "read")
+            counted(*torn_reads, "read")
         ));
     }
-    total
+    *total
 }
 
 fn counted(count: u64, what: &str) -> String {

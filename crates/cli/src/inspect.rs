@@ -20,6 +20,80 @@ pub enum Place {
     Physical(Arc<dyn PhysicalMemory>, u64),
     /// The memory of the kernel or of a process.
     Virtual(Box<AddressSpace>, u64),
+    /// Memory that a monitor is asked for.
+    Asked(Box<dyn Asked>),
+}
+
+/// Memory that somebody else reads.
+pub trait Asked {
+    /// The address of the first byte.
+    fn start(&self) -> u64;
+
+    /// Reads from an address on.
+    ///
+    /// # Errors
+    /// Why it can't be read.
+    fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), String>;
+}
+
+/// The walk of one address, whoever made it.
+pub struct Walk {
+    /// The address.
+    pub address: u64,
+    /// The entries read, the top level's first.
+    pub steps: Vec<Step>,
+    /// Where it led.
+    pub end: Result<WalkEnd>,
+}
+
+/// One entry of a walk.
+pub struct Step {
+    /// The table that holds it.
+    pub level: TableLevel,
+    /// Where it lies.
+    pub entry_address: u64,
+    /// The entry as it was read.
+    pub entry: u64,
+}
+
+/// Where a walk led.
+pub struct WalkEnd {
+    /// The physical address.
+    pub physical: u64,
+    /// The bytes of the page.
+    pub page_size: u64,
+    /// Whether all entries allow to write.
+    pub writable: bool,
+    /// Whether all entries allow user mode.
+    pub user: bool,
+    /// Whether no entry forbids to execute.
+    pub executable: bool,
+}
+
+impl Walk {
+    /// Walks an address space.
+    pub fn of(space: &AddressSpace, address: u64) -> Self {
+        let (steps, outcome) = space.trace(VirtualAddress::new(address));
+        let step = |step: secmon_memory::WalkStep| Step {
+            level: step.level,
+            entry_address: step.entry_address.as_u64(),
+            entry: step.entry,
+        };
+        Self {
+            address,
+            steps: steps.into_iter().map(step).collect(),
+            end: match outcome {
+                Ok(found) => Ok(WalkEnd {
+                    physical: found.physical.as_u64(),
+                    page_size: PageSize::bytes(found.page_size),
+                    writable: found.rights.writable,
+                    user: found.rights.user,
+                    executable: found.rights.executable,
+                }),
+                Err(error) => Err(error.into()),
+            },
+        }
+    }
 }
 
 /// What becomes of the bytes.
@@ -38,6 +112,7 @@ impl Place {
     fn start(&self) -> u64 {
         match self {
             Self::Physical(_, address) | Self::Virtual(_, address) => *address,
+            Self::Asked(asked) => asked.start(),
         }
     }
 
@@ -49,6 +124,7 @@ impl Place {
             Self::Virtual(space, _) => space
                 .read(VirtualAddress::new(address), buffer)
                 .map_err(|error| error.to_string()),
+            Self::Asked(asked) => asked.read(address, buffer),
         }
     }
 }
@@ -271,7 +347,7 @@ fn flags(level: TableLevel, entry: u64) -> Vec<&'static str> {
 
 /// Shows the walk of each address, a row for each entry read; the last one
 /// says where it led.
-pub fn translate(walks: &[(AddressSpace, u64)], format: Format) -> Result<()> {
+pub fn translate(walks: Vec<Walk>, format: Format) -> Result<()> {
     let mut rows = Rows::new(
         listing::stdout()?,
         TRANSLATION.to_vec(),
@@ -279,24 +355,28 @@ pub fn translate(walks: &[(AddressSpace, u64)], format: Format) -> Result<()> {
         listing::style(),
     )?;
     let mut failed = None;
-    for (space, address) in walks {
-        let (steps, outcome) = space.trace(VirtualAddress::new(*address));
+    for Walk {
+        address,
+        steps,
+        end,
+    } in walks
+    {
         for (index, step) in steps.iter().enumerate() {
             let last = index + 1 == steps.len();
             let mut row = vec![
-                Value::Address(*address),
+                Value::Address(address),
                 Value::from(step.level.to_string()),
-                Value::from(step.entry_address),
+                Value::Address(step.entry_address),
                 Value::Address(step.entry),
                 Value::from(flags(step.level, step.entry)),
             ];
-            match &outcome {
+            match &end {
                 Ok(found) if last => row.extend([
-                    Value::from(found.physical),
-                    Value::from(PageSize::bytes(found.page_size)),
-                    Value::from(found.rights.writable),
-                    Value::from(found.rights.user),
-                    Value::from(found.rights.executable),
+                    Value::Address(found.physical),
+                    Value::from(found.page_size),
+                    Value::from(found.writable),
+                    Value::from(found.user),
+                    Value::from(found.executable),
                 ]),
                 Err(error) if last => {
                     row.push(Value::unreadable(error));
@@ -306,13 +386,13 @@ pub fn translate(walks: &[(AddressSpace, u64)], format: Format) -> Result<()> {
             }
             rows.row(&row)?;
         }
-        if let Err(error) = outcome {
+        if let Err(error) = end {
             failed.get_or_insert(error);
         }
     }
     rows.finish()?;
     match failed {
-        Some(error) => Err(error.into()),
+        Some(error) => Err(error),
         None => Ok(()),
     }
 }

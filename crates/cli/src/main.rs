@@ -15,6 +15,7 @@ mod findings;
 mod inspect;
 mod listing;
 mod location;
+mod monitor;
 mod output;
 mod query;
 mod report;
@@ -32,7 +33,8 @@ use secmon_guest::Table;
 
 use arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions, TranslateArguments};
 use command::Action;
-use inspect::{Place, Sink};
+use findings::Told;
+use inspect::{Place, Sink, Walk};
 use query::Query;
 use report::{Advise, Reporter};
 use session::Session;
@@ -42,11 +44,12 @@ const ERROR: u8 = 2;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
-    if arguments
-        .next()
-        .is_some_and(|first| first == command::RESUME_WATCH)
-    {
+    let first = arguments.next().unwrap_or_default();
+    if first == command::RESUME_WATCH {
         return secmon_platform::qemu::pause::watch_main(arguments);
+    }
+    if let Some(code) = monitor::hidden(&first, &mut arguments) {
+        return code;
     }
     let (common, action) = command::parse(std::env::args_os());
     let reporter = Reporter {
@@ -71,6 +74,14 @@ fn main() -> ExitCode {
 }
 
 fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
+    let of_monitor = common.target.as_deref().and_then(monitor::address);
+    let action = match of_monitor {
+        Some(address) => match monitor::remote::run(&address?, common, action, reporter)? {
+            Some(action) => action,
+            None => return Ok(()),
+        },
+        None => action,
+    };
     let session = Session::new(common, reporter);
     let format = common.format;
     let command = match action {
@@ -86,6 +97,7 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
         BuiltIn::Tables { table } => documents::tables(table.as_deref(), format),
         BuiltIn::Completions { shell } => documents::completions(shell),
         BuiltIn::Man { output } => documents::man(output.as_deref()),
+        BuiltIn::Monitor(command) => monitor::run(&command, common, reporter),
         BuiltIn::Read(arguments) => read(&session, &arguments, format),
         BuiltIn::Translate(arguments) => translate(&session, &arguments, format),
         BuiltIn::Dump(arguments) => {
@@ -114,14 +126,29 @@ fn show(
     reporter.note(format_args!("{rows} rows in {elapsed:.1?}"));
     // The guest runs again before anything is said.
     let resumed = source.finish();
-    findings::report(&guest, &query, outcome, options.strict, reporter)?;
+    findings::report(
+        &Told::from(&guest),
+        &query,
+        outcome,
+        options.strict,
+        reporter,
+    )?;
     resumed
 }
 
 /// `secmon read`.
 fn read(session: &Session<'_>, arguments: &ReadArguments, format: Format) -> Result<()> {
     fault::install();
-    let sink = match (&arguments.output, format) {
+    let sink = sink(arguments, format)?;
+    let source = session.open()?;
+    let place = session.place(&source, &arguments.location)?;
+    inspect::read(&place, arguments.length, sink)?;
+    source.finish()
+}
+
+/// What becomes of the bytes of `secmon read`.
+fn sink(arguments: &ReadArguments, format: Format) -> Result<Sink> {
+    Ok(match (&arguments.output, format) {
         (Some(path), _) => {
             // Never over a file that is there: it may be the image itself.
             let file = File::create_new(path)
@@ -132,11 +159,7 @@ fn read(session: &Session<'_>, arguments: &ReadArguments, format: Format) -> Res
         (None, _) if arguments.raw => Sink::RawStdout,
         (None, Format::Table | Format::Markdown) => Sink::Hex,
         (None, format) => Sink::Rows(format),
-    };
-    let source = session.open()?;
-    let place = session.place(&source, &arguments.location)?;
-    inspect::read(&place, arguments.length, sink)?;
-    source.finish()
+    })
 }
 
 /// `secmon translate`.
@@ -147,10 +170,12 @@ fn translate(session: &Session<'_>, arguments: &TranslateArguments, format: Form
     let mut walks = Vec::new();
     for location in &arguments.locations {
         match session::resolve(&guest, location)? {
-            Place::Virtual(space, address) => walks.push((*space, address)),
-            Place::Physical(..) => bail!("{location} is a physical address already"),
+            Place::Virtual(space, address) => walks.push(Walk::of(&space, address)),
+            Place::Physical(..) | Place::Asked(_) => {
+                bail!("{location} is a physical address already")
+            }
         }
     }
-    inspect::translate(&walks, format)?;
+    inspect::translate(walks, format)?;
     source.finish()
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::ControlFlow;
 
 use anyhow::{Result, bail};
-use secmon_guest::{Guest, Request, Selection, Table, TableError, Value};
+use secmon_guest::{Guest, Request, Row, Selection, Table, Value};
 
 use crate::arguments::{Format, RowOptions};
 use crate::columns;
@@ -33,8 +33,12 @@ pub struct Outcome {
     /// Rows left out because a filter's column could not be read.
     pub undecided: u64,
     /// Why the table could not be made, or made to its end.
-    pub error: Option<TableError>,
+    pub error: Option<anyhow::Error>,
 }
+
+/// Gives the rows of a request to a sink until it breaks.
+pub type Source<'a> =
+    dyn FnMut(&Request, &mut dyn FnMut(Row) -> ControlFlow<()>) -> Result<()> + 'a;
 
 impl Query {
     /// Checks the options against the table's columns.
@@ -90,12 +94,29 @@ impl Query {
         })
     }
 
-    /// Reads the table and writes its rows.
+    /// Reads the table from the guest itself and writes its rows.
     ///
     /// # Errors
     /// Those of the output. What is wrong with the guest is in the outcome:
     /// the rows before it are written.
     pub fn run(&self, guest: &Guest, out: impl io::Write, style: Style) -> io::Result<Outcome> {
+        let mut read = |request: &Request, sink: &mut dyn FnMut(Row) -> ControlFlow<()>| {
+            Ok(self.table.read(guest, request, sink)?)
+        };
+        self.run_from(&mut read, out, style)
+    }
+
+    /// Takes the table's rows from `source`, which can be somebody who was
+    /// asked for them, and writes them.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub fn run_from(
+        &self,
+        source: &mut Source<'_>,
+        out: impl io::Write,
+        style: Style,
+    ) -> io::Result<Outcome> {
         let known = self.table.columns();
         let heading = self.read[..self.shown]
             .iter()
@@ -119,7 +140,7 @@ impl Query {
             selection: self.selection.clone(),
         };
         if left > 0 {
-            let read = self.table.read(guest, &request, &mut |row| {
+            let read = source(&request, &mut |row| {
                 match self.judge(&row.values) {
                     Verdict::Fits => {}
                     Verdict::Differs => return ControlFlow::Continue(()),
@@ -161,6 +182,12 @@ impl Query {
     /// The table that is read.
     pub fn table(&self) -> &'static dyn Table {
         self.table
+    }
+
+    /// How many rows suffice, if each that is read is shown.
+    pub fn enough(&self) -> Option<u64> {
+        let all_shown = self.filters.is_empty() && self.order.is_none();
+        (all_shown && self.limit < u64::MAX).then_some(self.limit)
     }
 
     /// The processes asked for by number.

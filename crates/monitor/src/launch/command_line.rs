@@ -302,7 +302,10 @@ mod tests {
         assert!(value(&line, "-device", "id=port0,bus=pcie.0,addr=0x10").is_some());
         assert!(value(&line, "-device", "id=port1,bus=pcie.0,addr=0x11").is_some());
         assert_eq!(value(&line, "-device", "id=port2"), None);
-        assert_eq!((pci_address(0), port_id(0)), ("0000:01:00.0".into(), "port0".into()));
+        assert_eq!(
+            (pci_address(0), port_id(0)),
+            ("0000:01:00.0".into(), "port0".into())
+        );
         assert_eq!(pci_address(15), "0000:10:00.0");
         let many = Machine {
             target_slots: 1000,
@@ -317,10 +320,7 @@ mod tests {
     fn a_comma_in_a_path_adds_no_option() {
         let line = machine().arguments(&OPEN);
         let gate = value(&line, "-chardev", "id=gate0").expect("a gate");
-        assert_eq!(
-            gate,
-            "socket,id=gate0,path=/run/a,,b/gate.sock,reconnect=1"
-        );
+        assert_eq!(gate, "socket,id=gate0,path=/run/a,,b/gate.sock,reconnect=1");
         let newer = Machine {
             reconnect: Reconnect::Milliseconds,
             ..machine()

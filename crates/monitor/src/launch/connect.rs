@@ -48,9 +48,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// It does not answer.
-    #[error(
-        "monitor {name} does not answer: {source}; its console is in {console}"
-    )]
+    #[error("monitor {name} does not answer: {source}; its console is in {console}")]
     Silent {
         /// The name.
         name: MonitorName,

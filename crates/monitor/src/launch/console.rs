@@ -59,7 +59,8 @@ impl Console {
                 self.file = open(&self.log)?;
                 self.written = 0;
             }
-            self.file.write_all(chunk.get(..count).unwrap_or_default())?;
+            self.file
+                .write_all(chunk.get(..count).unwrap_or_default())?;
             self.written += count as u64;
         }
         Ok(())

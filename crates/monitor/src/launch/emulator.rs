@@ -21,7 +21,9 @@ const OLDEST: (u32, u32) = (6, 0);
 #[derive(Debug, thiserror::Error)]
 pub enum EmulatorError {
     /// Not installed.
-    #[error("{PROGRAM} was not found in PATH; install it (Debian: apt-get install qemu-system-x86), or name it with --qemu")]
+    #[error(
+        "{PROGRAM} was not found in PATH; install it (Debian: apt-get install qemu-system-x86), or name it with --qemu"
+    )]
     Missing,
     /// It doesn't run.
     #[error("{program} --version: {source}")]
@@ -189,10 +191,7 @@ fn in_path(name: &str) -> Option<PathBuf> {
 fn version(text: &str) -> Option<(u32, u32)> {
     let (_, rest) = text.split_once("version ")?;
     let mut numbers = rest.split(|c: char| !c.is_ascii_digit());
-    Some((
-        numbers.next()?.parse().ok()?,
-        numbers.next()?.parse().ok()?,
-    ))
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ pub mod read_access;
 pub mod run_directory;
 pub mod starter;
 pub mod state;
+pub mod status;
 pub mod supervisor;
 pub mod target;
 pub mod up;

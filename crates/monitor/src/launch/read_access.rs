@@ -235,9 +235,16 @@ mod tests {
         let account = Account { id: 61200 };
         let private = std::fs::Permissions::from_mode(0o600);
         file.set_permissions(private).expect("chmod");
-        assert_eq!(allow_reading(&file, account).expect("granted"), Grant::Entry);
+        assert_eq!(
+            allow_reading(&file, account).expect("granted"),
+            Grant::Entry
+        );
         let entries = read_entries(&file).expect("an ACL").expect("entries");
-        assert!(entries.iter().any(|entry| entry.id == account.id && entry.permissions == READ));
+        assert!(
+            entries
+                .iter()
+                .any(|entry| entry.id == account.id && entry.permissions == READ)
+        );
         forbid_reading(&file, account).expect("taken away");
         let entries = read_entries(&file).expect("an ACL").unwrap_or_default();
         assert!(entries.iter().all(|entry| entry.id != account.id));

@@ -260,10 +260,11 @@ impl RunDirectory {
     pub fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<(), RunDirectoryError> {
         let path = self.file(name);
         let draft = self.file(&format!(".{name}.{}", std::process::id()));
-        let text = serde_json::to_vec_pretty(value).map_err(|error| RunDirectoryError::Content {
-            path: path.clone(),
-            reason: error.to_string(),
-        })?;
+        let text =
+            serde_json::to_vec_pretty(value).map_err(|error| RunDirectoryError::Content {
+                path: path.clone(),
+                reason: error.to_string(),
+            })?;
         let write = || {
             let mut options = OpenOptions::new();
             options.write(true).create(true).truncate(true).mode(0o600);

@@ -213,7 +213,8 @@ fn copy(path: &Path) -> Result<File, StartError> {
         path: path.to_owned(),
         source,
     };
-    let memory = memfd_create("secmon", MemfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
+    let memory =
+        memfd_create("secmon", MemfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
     let mut memory = File::from(memory);
     let file = File::open(path).map_err(failed)?;
     io::copy(&mut file.take(MAX_COPY), &mut memory).map_err(failed)?;
@@ -275,11 +276,16 @@ fn rules(plan: &StartPlan, open: &[OpenFile<'_>]) -> Result<landlock::RulesetCre
         .into_iter()
         .chain(installed.filter(|folder| folder != Path::new("/")))
         .map(|path| (path, run));
-    let others = ["/proc/self", "/sys/devices/system", "/dev/urandom", "/dev/null"]
-        .map(PathBuf::from)
-        .into_iter()
-        .chain(plan.ram_files.iter().cloned())
-        .map(|path| (path, read));
+    let others = [
+        "/proc/self",
+        "/sys/devices/system",
+        "/dev/urandom",
+        "/dev/null",
+    ]
+    .map(PathBuf::from)
+    .into_iter()
+    .chain(plan.ram_files.iter().cloned())
+    .map(|path| (path, read));
     let device = ["/dev/kvm", "/dev/null"].map(|path| {
         let access = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
         (PathBuf::from(path), access)

@@ -286,10 +286,8 @@ impl Supervisor {
                 self.machine = Some(machine);
             }
             Err(error) => {
-                self.state.note(format!(
-                    "{error}; it is tried again in {:?}",
-                    self.back_off
-                ));
+                self.state
+                    .note(format!("{error}; it is tried again in {:?}", self.back_off));
                 self.machine_ended();
             }
         }
@@ -323,7 +321,10 @@ impl Supervisor {
             configuration: self.directory.file(files::CONFIGURATION),
             qmp_socket: self.directory.qmp_socket(),
             channel_socket: self.directory.channel_socket(),
-            ram_files: running.clone().map(|target| target.ram.path.clone()).collect(),
+            ram_files: running
+                .clone()
+                .map(|target| target.ram.path.clone())
+                .collect(),
             ends_with_parent: false,
         };
         let openable = running.map(|target| target.ram.identity).collect();
@@ -352,7 +353,9 @@ impl Supervisor {
         let plug = self.connect(&mut child, &mut console);
         let (Ok(mut plug), Some(process)) = (plug, process) else {
             let _ = child.kill();
-            let status = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+            let status = child
+                .wait()
+                .map_or_else(|e| e.to_string(), |s| s.to_string());
             let _ = console.drain();
             let log = self.directory.file(files::CONSOLE_LOG);
             return Err(SupervisorError::Ended { status, log });
@@ -440,7 +443,9 @@ impl Supervisor {
             && let Err(error) = read_access::allow_reading(&file, account)
         {
             let shown = target.ram.shown.display();
-            return refused(format!("giving the monitor's user reading of {shown}: {error}"));
+            return refused(format!(
+                "giving the monitor's user reading of {shown}: {error}"
+            ));
         }
         let slot = u32::try_from(slot).unwrap_or(u32::MAX);
         match plug.plug(slot, &file, size) {
@@ -525,9 +530,8 @@ impl Supervisor {
             Misfit::Shape => "has RAM of another size or layout than the monitoring VM was told",
             Misfit::Confinement => "has a RAM file that the monitoring VM's QEMU may not open",
         };
-        self.state.note(format!(
-            "{name} {why}: the monitoring VM is started anew"
-        ));
+        self.state
+            .note(format!("{name} {why}: the monitoring VM is started anew"));
         let Some(mut machine) = self.machine.take() else {
             return;
         };

@@ -5,7 +5,9 @@ use std::fs::File;
 use std::io;
 use std::str::FromStr;
 
-use secmon_platform::qemu::{self, QemuError, QemuProcess, RamFile, RamFileError, RamFileKind, Selector};
+use secmon_platform::qemu::{
+    self, QemuError, QemuProcess, RamFile, RamFileError, RamFileKind, Selector,
+};
 use serde::{Deserialize, Serialize};
 
 use super::command_line::MAX_TARGET_RAM;
@@ -251,7 +253,10 @@ impl TargetName {
 /// The memory of a PCI device that shows so much RAM.
 #[must_use]
 pub fn device_size(ram_size: u64) -> u64 {
-    ram_size.checked_next_power_of_two().unwrap_or(u64::MAX).max(1 << 20)
+    ram_size
+        .checked_next_power_of_two()
+        .unwrap_or(u64::MAX)
+        .max(1 << 20)
 }
 
 #[cfg(test)]
@@ -267,7 +272,10 @@ mod tests {
             assert!(bad.parse::<TargetName>().is_err(), "{bad}");
         }
         let text = serde_json::to_string(&name).expect("JSON");
-        assert_eq!(serde_json::from_str::<TargetName>(&text).expect("back"), name);
+        assert_eq!(
+            serde_json::from_str::<TargetName>(&text).expect("back"),
+            name
+        );
     }
 
     #[test]

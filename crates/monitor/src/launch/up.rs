@@ -141,7 +141,10 @@ pub fn up(options: &UpOptions) -> Result<Up, UpError> {
     }
     let mut names: Vec<String> = options.targets.iter().map(TargetName::short).collect();
     names.sort();
-    if let Some([name, _]) = names.windows(2).find(|pair| matches!(pair, [a, b] if a == b)) {
+    if let Some([name, _]) = names
+        .windows(2)
+        .find(|pair| matches!(pair, [a, b] if a == b))
+    {
         return Err(UpError::Twice(name.clone()));
     }
     let directory = RunDirectory::of(&options.name)?;
@@ -425,9 +428,7 @@ impl Up {
                     "observe: read its {} MiB of RAM ({file}, opened read-only by {user}); it can't write it, stop it or reach anything else",
                     ram_size >> 20
                 ),
-                TargetState::Absent => {
-                    "observe, as soon as it starts: it does not run".to_owned()
-                }
+                TargetState::Absent => "observe, as soon as it starts: it does not run".to_owned(),
                 TargetState::Refused { reason } => format!("nothing: {reason}"),
             };
             (name.clone(), text)

@@ -1,0 +1,76 @@
+//! The command line of `secmon monitor`.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Subcommand};
+use secmon_monitor::launch::MonitorName;
+
+/// What is done with a monitor.
+#[derive(Clone, Debug, Subcommand)]
+pub enum MonitorCommand {
+    /// Start a monitoring VM beside one or more targets
+    ///
+    /// The targets' RAM must be shared memory; where it isn't, the lines to add
+    /// to QEMU's command line or to the libvirt domain are shown. The monitoring
+    /// VM sees that RAM read-only and nothing else of the host: it has no
+    /// network and no disk, and its QEMU runs as a user of its own. A monitor
+    /// that runs already is left as it is.
+    #[command(after_help = "Examples:
+  secmon monitor up --target qemu:web1
+  secmon monitor up --target qemu:web1 --target qemu:db1 --name shop
+  secmon -t monitor:shop/web1 ps")]
+    Up(UpArguments),
+
+    /// What a monitor sees, and how it is
+    Status {
+        /// The monitor; all of them unless named
+        name: Option<MonitorName>,
+    },
+
+    /// A console: any table, read, translate; findings as they come
+    Attach {
+        /// The monitor; may be left out if there is one only
+        name: Option<MonitorName>,
+    },
+
+    /// End a monitor and all that was started for it
+    Down {
+        /// The monitor; may be left out if there is one only
+        name: Option<MonitorName>,
+    },
+}
+
+/// Arguments of `secmon monitor up`.
+#[derive(Args, Clone, Debug)]
+pub struct UpArguments {
+    /// A running QEMU: qemu:NAME or qemu:PID; may be given several times
+    // The same id and type as the option of all commands, whose place it takes.
+    #[arg(
+        short,
+        long,
+        value_name = "TARGET",
+        required = true,
+        action = ArgAction::Append
+    )]
+    pub target: Vec<String>,
+
+    /// What the monitor is called; by default as its first target
+    #[arg(long)]
+    pub name: Option<MonitorName>,
+
+    /// Wait for targets that don't run yet, and pick them up when they start
+    #[arg(long)]
+    pub wait: bool,
+
+    /// The QEMU that runs the monitoring VM
+    #[arg(long, value_name = "PROGRAM")]
+    pub qemu: Option<PathBuf>,
+
+    /// The appliance's kernel, instead of the one that `monitor build` made
+    #[arg(long, value_name = "FILE", hide = true, requires = "initramfs")]
+    pub kernel: Option<PathBuf>,
+
+    /// The appliance's initramfs, instead of the one that `monitor build` made
+    #[arg(long, value_name = "FILE", hide = true, requires = "kernel")]
+    pub initramfs: Option<PathBuf>,
+}

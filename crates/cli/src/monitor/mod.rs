@@ -1,0 +1,213 @@
+//! `secmon monitor`, and targets that a monitor is asked about.
+
+pub mod arguments;
+mod attach;
+pub mod remote;
+mod status;
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Result, anyhow, bail};
+use secmon_guest::{Kind, Value};
+use secmon_monitor::launch::run_directory::RunDirectory;
+use secmon_monitor::launch::target::TargetName;
+use secmon_monitor::launch::up::{self, AbsentTargets, Origin, Up, UpOptions};
+use secmon_monitor::launch::{self, MonitorName};
+
+use crate::arguments::{Common, Format};
+use crate::listing::{self, column};
+use crate::report::{Advise, Reporter};
+use arguments::{MonitorCommand, UpArguments};
+
+/// The RAM of a monitoring VM, in MiB.
+const MEMORY_MIB: u32 = 128;
+
+/// What the monitoring VM's kernel is told: its console, and to end instead of
+/// hanging when it fails.
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
+
+/// A target behind a monitor, `monitor:NAME` or `monitor:NAME/TARGET`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// The monitor.
+    pub monitor: MonitorName,
+    /// The target, as the monitor calls it; its only one if none is named.
+    pub target: Option<String>,
+}
+
+/// Takes a target's name apart if it is one behind a monitor.
+pub fn address(text: &str) -> Option<Result<Address>> {
+    let rest = text.strip_prefix("monitor:")?;
+    let (monitor, target) = match rest.split_once('/') {
+        Some((monitor, target)) => (monitor, Some(target.to_owned())),
+        None => (rest, None),
+    };
+    let advice = "write monitor:NAME or monitor:NAME/TARGET; `secmon monitor status` lists them";
+    let monitor = monitor.parse().advise(advice);
+    if target.as_deref() == Some("") {
+        return Some(Err(anyhow!("{text:?} names no target of its monitor")).advise(advice));
+    }
+    Some(monitor.map(|monitor| Address { monitor, target }))
+}
+
+/// The commands by which the program becomes one of a monitor's processes.
+pub fn hidden(command: &OsStr, arguments: &mut impl Iterator<Item = OsString>) -> Option<ExitCode> {
+    let argument =
+        |arguments: &mut dyn Iterator<Item = OsString>| arguments.next().unwrap_or_default();
+    let error: anyhow::Error = if command == launch::START_COMMAND {
+        let plan = argument(arguments);
+        launch::starter::become_qemu(Path::new(&plan)).into()
+    } else if command == launch::SUPERVISE_COMMAND {
+        let name = argument(arguments).to_string_lossy().into_owned();
+        match name.parse::<MonitorName>() {
+            Ok(name) => match launch::supervisor::supervise(&name) {
+                Err(error) => error.into(),
+            },
+            Err(error) => error.into(),
+        }
+    } else {
+        return None;
+    };
+    Reporter::default().error(&error);
+    Some(ExitCode::from(2))
+}
+
+/// `secmon monitor …`.
+pub fn run(command: &MonitorCommand, common: &Common, reporter: Reporter) -> Result<()> {
+    match command {
+        MonitorCommand::Up(arguments) => up(arguments, common.format, reporter),
+        MonitorCommand::Status { name } => status::status(name.as_ref(), common, reporter),
+        MonitorCommand::Attach { name } => {
+            attach::attach(&the_one(name.as_ref())?, common, reporter)
+        }
+        MonitorCommand::Down { name } => down(&the_one(name.as_ref())?),
+    }
+}
+
+/// The monitor that is named, or the only one.
+fn the_one(name: Option<&MonitorName>) -> Result<MonitorName> {
+    if let Some(name) = name {
+        return Ok(name.clone());
+    }
+    let mut names = RunDirectory::names()?;
+    match (names.pop(), names.len()) {
+        (Some(name), 0) => Ok(name),
+        (None, _) => Err(anyhow!("no monitor runs here"))
+            .advise("start one with `secmon monitor up --target qemu:NAME`"),
+        (Some(last), _) => {
+            names.push(last);
+            let names: Vec<&str> = names.iter().map(MonitorName::as_str).collect();
+            Err(anyhow!("there are several monitors"))
+                .advise(format!("name one of {}", names.join(", ")))
+        }
+    }
+}
+
+fn up(arguments: &UpArguments, format: Format, reporter: Reporter) -> Result<()> {
+    let (Some(kernel), Some(initramfs)) = (&arguments.kernel, &arguments.initramfs) else {
+        bail!("no appliance: name one with --kernel and --initramfs");
+    };
+    let targets: Result<Vec<TargetName>, _> =
+        arguments.target.iter().map(|text| text.parse()).collect();
+    let targets = targets.advise("`secmon targets` lists the QEMUs that run here")?;
+    let name = match &arguments.name {
+        Some(name) => name.clone(),
+        None => default_name(&targets)?,
+    };
+    let options = UpOptions {
+        name,
+        targets,
+        absent: if arguments.wait {
+            AbsentTargets::Awaited
+        } else {
+            AbsentTargets::Refused
+        },
+        program: arguments.qemu.clone(),
+        kernel: std::fs::canonicalize(kernel)?,
+        initramfs: std::fs::canonicalize(initramfs)?,
+        memory_mib: MEMORY_MIB,
+        kernel_arguments: KERNEL_ARGUMENTS.to_owned(),
+    };
+    let up = up::up(&options)?;
+    show_up(&options.name, &up, format, reporter)
+}
+
+/// The first target's name, as far as it can name a monitor.
+fn default_name(targets: &[TargetName]) -> Result<MonitorName> {
+    let first = targets.first().map(TargetName::short);
+    let name = first.unwrap_or_default().parse();
+    name.advise("name the monitor with --name")
+}
+
+fn show_up(name: &MonitorName, up: &Up, format: Format, reporter: Reporter) -> Result<()> {
+    let what = match up.origin {
+        Origin::Started => "was started",
+        Origin::Found => "runs already; nothing was changed",
+        Origin::Recovered => "has a new supervisor; its VM went on",
+    };
+    let pid = up.processes.machine.map(|machine| machine.pid);
+    reporter.note(format_args!("the monitoring VM is process {pid:?}"));
+    if format == Format::Table {
+        println!("Monitor {name} {what}. It has these rights:");
+        for (target, right) in up.rights() {
+            println!("  {target}: {}", crate::output::escape::message(&right));
+        }
+        println!(
+            "Ask it with `secmon -t monitor:{name} ps`, end it with `secmon monitor down {name}`."
+        );
+        return Ok(());
+    }
+    let columns = [
+        column("monitor", Kind::Text, "Its name"),
+        column("target", Kind::Text, "A target"),
+        column("rights", Kind::Text, "What it may do to the target"),
+    ];
+    let rows = up.rights().into_iter().map(|(target, right)| {
+        vec![
+            Value::from(name.as_str()),
+            Value::from(target),
+            Value::from(right),
+        ]
+    });
+    Ok(listing::show(&columns, format, rows)?)
+}
+
+fn down(name: &MonitorName) -> Result<()> {
+    let down = up::down(name)?;
+    for (what, pid) in &down.ended {
+        println!("ended: {what}, process {pid}");
+    }
+    if !down.left.is_empty() {
+        let left: Vec<String> = down
+            .left
+            .iter()
+            .map(|(what, pid)| format!("{what} (process {pid})"))
+            .collect();
+        bail!("could not be ended: {}", left.join(", "));
+    }
+    println!("Monitor {name} is ended.");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_behind_a_monitor_has_its_form() {
+        let parse = |text: &str| address(text).map(|address| address.map_err(|e| e.to_string()));
+        assert_eq!(parse("qemu:web1"), None);
+        let web1: MonitorName = "web1".parse().expect("a name");
+        let expected = |target: Option<&str>| Address {
+            monitor: web1.clone(),
+            target: target.map(str::to_owned),
+        };
+        assert_eq!(parse("monitor:web1"), Some(Ok(expected(None))));
+        assert_eq!(parse("monitor:web1/a/b"), Some(Ok(expected(Some("a/b")))));
+        for bad in ["monitor:", "monitor:/x", "monitor:web1/", "monitor:a b"] {
+            assert!(matches!(parse(bad), Some(Err(_))), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! What the host knows of a monitor without asking it.
+
+use std::fmt;
+
+use super::process::ProcessRecord;
+use super::run_directory::{RunDirectory, RunDirectoryError};
+use super::state::{Processes, Settings, State, TargetState};
+use super::up::{DownError, Known};
+use super::{MonitorName, files};
+
+/// Whether a process of a monitor runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// It runs.
+    Running(ProcessRecord),
+    /// It was there and is no more.
+    Died(ProcessRecord),
+    /// There is none at this moment.
+    None,
+}
+
+impl Life {
+    fn of(process: Option<ProcessRecord>) -> Self {
+        match process {
+            Some(process) if process.is_alive() => Self::Running(process),
+            Some(process) => Self::Died(process),
+            None => Self::None,
+        }
+    }
+
+    /// Whether it runs.
+    #[must_use]
+    pub fn is_running(self) -> bool {
+        matches!(self, Self::Running(_))
+    }
+}
+
+impl fmt::Display for Life {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Running(process) => write!(formatter, "running (process {})", process.pid),
+            Self::Died(process) => write!(formatter, "died (was process {})", process.pid),
+            Self::None => formatter.write_str("not running"),
+        }
+    }
+}
+
+impl fmt::Display for TargetState {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Watched {
+                process,
+                file,
+                ram_size,
+            } => write!(
+                formatter,
+                "watched (process {}, {} MiB in {file})",
+                process.pid,
+                ram_size >> 20
+            ),
+            Self::Absent => formatter.write_str("does not run; picked up when it starts"),
+            Self::Refused { reason } => write!(formatter, "not watched: {reason}"),
+        }
+    }
+}
+
+/// A monitor, as the host sees it.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Its name.
+    pub name: MonitorName,
+    /// What it was started with, if that much was done.
+    pub settings: Option<Settings>,
+    /// Its supervisor.
+    pub supervisor: Life,
+    /// Its VM.
+    pub machine: Life,
+    /// What the supervisor last saw.
+    pub state: State,
+}
+
+/// Reads what is known of a monitor.
+///
+/// # Errors
+/// [`DownError::Unknown`] if there is none of this name, else the folder's.
+pub fn read(name: &MonitorName) -> Result<Status, DownError> {
+    let directory = RunDirectory::of(name)?;
+    if !directory.exists() {
+        return Err(DownError::Unknown {
+            name: name.clone(),
+            known: Known(RunDirectory::names().unwrap_or_default()),
+        });
+    }
+    let read = || -> Result<Status, RunDirectoryError> {
+        let processes: Processes = directory.read(files::PROCESSES)?.unwrap_or_default();
+        Ok(Status {
+            name: name.clone(),
+            settings: directory.read(files::SETTINGS)?,
+            supervisor: Life::of(processes.supervisor),
+            machine: Life::of(processes.machine),
+            state: directory.read(files::STATE)?.unwrap_or_default(),
+        })
+    };
+    Ok(read()?)
+}
