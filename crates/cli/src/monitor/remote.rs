@@ -433,12 +433,12 @@ impl RemoteMemory {
         };
         let first = ask(&target, place(location), length.min(CHUNK))
             .with_context(|| format!("reading {location}"))?;
-        let start = match (location, first.bytes.is_empty()) {
-            (Location::Kernel(address), _)
-            | (Location::Process { address, .. }, _)
-            | (Location::Physical(address), _) => *address,
-            (Location::Symbol { .. }, false) => first.address,
-            (Location::Symbol { .. }, true) => {
+        let start = match location {
+            Location::Kernel(address)
+            | Location::Process { address, .. }
+            | Location::Physical(address) => *address,
+            Location::Symbol { .. } if !first.bytes.is_empty() => first.address,
+            Location::Symbol { .. } => {
                 let reason = first.error.unwrap_or_else(|| "no bytes came".to_owned());
                 return Err(anyhow!(reason).context(format!("reading {location}")));
             }

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use secmon_platform::qemu::{QmpClient, QmpError};
+use secmon_platform::qemu::{QemuDescriptor, QmpClient, QmpError};
 use serde_json::{Value, json};
 
 use super::command_line::{descriptor_path, port_id};
@@ -45,6 +45,10 @@ pub struct Plug {
     /// Goes up with each backend, so that no id is used twice: QEMU keeps a
     /// backend for a moment after its device has gone.
     generation: u64,
+    /// The VM runs. Before that QEMU does not close what it is told to close.
+    running: bool,
+    /// Descriptors that QEMU opened again and needs no more.
+    spent: Vec<QemuDescriptor>,
 }
 
 impl Plug {
@@ -53,9 +57,12 @@ impl Plug {
     /// # Errors
     /// [`QmpError`].
     pub fn connect(socket: &Path) -> Result<Self, QmpError> {
+        let mut qmp = QmpClient::connect(socket, TIMEOUT)?;
         Ok(Self {
-            qmp: QmpClient::connect(socket, TIMEOUT)?,
+            running: qmp.status()?.running,
+            qmp,
             generation: 0,
+            spent: Vec::new(),
         })
     }
 
@@ -64,7 +71,20 @@ impl Plug {
     /// # Errors
     /// [`QmpError`].
     pub fn start(&mut self) -> Result<(), QmpError> {
-        self.qmp.resume()
+        self.qmp.resume()?;
+        self.running = true;
+        self.close_spent()
+    }
+
+    /// Lets QEMU close what it needs no more: an open RAM file would stay
+    /// allocated after its target has gone.
+    fn close_spent(&mut self) -> Result<(), QmpError> {
+        if self.running {
+            for descriptor in std::mem::take(&mut self.spent) {
+                self.qmp.remove_descriptor(descriptor)?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends the VM.
@@ -73,14 +93,6 @@ impl Plug {
     /// [`QmpError`].
     pub fn quit(&mut self) -> Result<(), QmpError> {
         self.qmp.execute("quit", &json!({})).map(drop)
-    }
-
-    /// Whether the VM runs.
-    ///
-    /// # Errors
-    /// [`QmpError`].
-    pub fn is_running(&mut self) -> Result<bool, QmpError> {
-        Ok(self.qmp.status()?.running)
     }
 
     /// Plugs a RAM file of `size` bytes into a slot, to be read only.
@@ -103,9 +115,9 @@ impl Plug {
                 "readonly": true,
             }),
         );
-        let closed = self.qmp.remove_descriptor(descriptor);
+        self.spent.push(descriptor);
+        self.close_spent()?;
         made?;
-        closed?;
         let added = self.qmp.execute(
             "device_add",
             &json!({
@@ -133,7 +145,7 @@ impl Plug {
         self.qmp
             .execute("device_del", &json!({"id": device_id(slot)}))?;
         let deadline = Instant::now() + UNPLUG_PATIENCE;
-        while self.backend(slot)?.is_some() {
+        while self.is_plugged(slot)? {
             if Instant::now() > deadline {
                 return Err(PlugError::Held { slot });
             }
@@ -143,21 +155,25 @@ impl Plug {
         Ok(())
     }
 
-    /// The id of the backend of a slot's device; `None` if it is empty.
-    fn backend(&mut self, slot: u32) -> Result<Option<String>, PlugError> {
-        let path = format!("/machine/peripheral/{}", device_id(slot));
+    /// Whether there is a device in a slot.
+    fn is_plugged(&mut self, slot: u32) -> Result<bool, PlugError> {
         let listed = self
             .qmp
             .execute("qom-list", &json!({"path": "/machine/peripheral"}))?;
         let id = device_id(slot);
-        let there = listed.as_array().is_some_and(|entries| {
+        Ok(listed.as_array().is_some_and(|entries| {
             entries
                 .iter()
                 .any(|entry| entry.get("name").and_then(Value::as_str) == Some(&id))
-        });
-        if !there {
+        }))
+    }
+
+    /// The id of the backend of a slot's device; `None` if it is empty.
+    fn backend(&mut self, slot: u32) -> Result<Option<String>, PlugError> {
+        if !self.is_plugged(slot)? {
             return Ok(None);
         }
+        let path = format!("/machine/peripheral/{}", device_id(slot));
         let memdev = self
             .qmp
             .execute("qom-get", &json!({"path": path, "property": "memdev"}))?;

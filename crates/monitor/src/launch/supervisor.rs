@@ -25,7 +25,7 @@ use super::read_access;
 use super::run_directory::{Lock, RunDirectory, RunDirectoryError};
 use super::starter::StartPlan;
 use super::state::{Processes, Settings, State, TargetState, now};
-use super::target::{RunningTarget, TargetError};
+use super::target::{RunningTarget, TargetError, TargetName};
 use super::{MonitorName, files};
 use crate::protocol::{Configuration, ConfigurationError, Limits, TargetConfiguration};
 
@@ -296,7 +296,7 @@ impl Supervisor {
     /// Starts the VM with every target that runs.
     fn start(&mut self) -> Result<Running, SupervisorError> {
         let found: Vec<Result<RunningTarget, TargetError>> =
-            self.settings.targets.iter().map(|t| t.find()).collect();
+            self.settings.targets.iter().map(TargetName::find).collect();
         let shapes: Vec<Shape> = found
             .iter()
             .map(|target| target.as_ref().ok().map(shape))
@@ -501,7 +501,7 @@ impl Supervisor {
                     }
                 }
             }
-            let Some(found) = self.settings.targets.get(slot).map(|target| target.find()) else {
+            let Some(found) = self.settings.targets.get(slot).map(TargetName::find) else {
                 continue;
             };
             let state = match found {

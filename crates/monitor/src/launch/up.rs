@@ -189,7 +189,7 @@ fn find(options: &UpOptions, directory: &RunDirectory, settings: Settings) -> Re
 
 fn start(options: &UpOptions, directory: &RunDirectory) -> Result<Up, UpError> {
     for target in &options.targets {
-        let running = target.find().and_then(|running| openable(target, running));
+        let running = target.find().and_then(|running| openable(target, &running));
         match running {
             Ok(()) => {}
             Err(TargetError::Qemu(_)) if options.absent == AbsentTargets::Awaited => {}
@@ -225,8 +225,8 @@ fn start(options: &UpOptions, directory: &RunDirectory) -> Result<Up, UpError> {
 }
 
 /// A target's RAM is tried before anything is started.
-fn openable(target: &TargetName, running: RunningTarget) -> Result<(), TargetError> {
-    target.open_ram(&running).map(drop)
+fn openable(target: &TargetName, running: &RunningTarget) -> Result<(), TargetError> {
+    target.open_ram(running).map(drop)
 }
 
 /// Starts the supervisor, which outlives this process.
