@@ -1,5 +1,7 @@
 //! The table `env`: the environment of processes.
 
+use crate::linux::memory_area::AreaModel;
+use crate::linux::references::Sharers;
 use crate::linux::task::leaders;
 use crate::linux::user;
 use crate::table::Items;
@@ -58,6 +60,8 @@ fn items(
     selection: &Selection,
     sink: &mut Items<'_, Variable>,
 ) -> Result<(), TableError> {
+    let memory = AreaModel::new(guest, TABLE)?;
+    let mut sharers = Sharers::new(guest, TABLE, "mm_struct.mm_users");
     for task in leaders(guest, TABLE)? {
         if !selection.wants_pid(task.tgid.into()) || task.mm.is_null() || task.is_kernel_thread() {
             continue;
@@ -68,6 +72,9 @@ fn items(
             // another's.
             guest.diagnostics().count_torn_read();
             continue;
+        }
+        if let Ok(mm) = memory.mm(guest, task.mm) {
+            sharers.note(&task, task.mm, mm.users);
         }
         if let Some(error) = found.error {
             guest.diagnostics().record(Diagnostic {

@@ -19,6 +19,12 @@ layout! {
         flags: "f_flags",
         mode: "f_mode",
         position: "f_pos",
+        mapping: "f_mapping",
+    } optional {
+        /// Until 6.12.
+        count: "f_count",
+        /// Since 6.13: one less than there are references.
+        count_less_one: "f_ref",
     }
 }
 
@@ -98,6 +104,10 @@ pub struct OpenFile {
     pub mode: u32,
     /// `f_pos`.
     pub position: i64,
+    /// `f_mapping`: the `struct address_space *`.
+    pub mapping: VirtualAddress,
+    /// How many references there are to it, by its own count.
+    pub references: i64,
 }
 
 /// What is shown of an inode.
@@ -146,14 +156,20 @@ impl Files {
         let file = guest.layout::<FileLayout>(table)?;
         let inode = guest.layout::<InodeLayout>(table)?;
         Ok(Self {
-            file_span: Span::of([
-                &file.mount,
-                &file.dentry,
-                &file.inode,
-                &file.flags,
-                &file.mode,
-                &file.position,
-            ]),
+            file_span: Span::of(
+                [
+                    &file.mount,
+                    &file.dentry,
+                    &file.inode,
+                    &file.flags,
+                    &file.mode,
+                    &file.position,
+                    &file.mapping,
+                ]
+                .into_iter()
+                .chain(&file.count)
+                .chain(&file.count_less_one),
+            ),
             inode_span: Span::of([
                 &inode.mode,
                 &inode.superblock,
@@ -191,6 +207,12 @@ impl Files {
             flags: copied.number(&self.file.flags) as u32,
             mode: copied.number(&self.file.mode) as u32,
             position: copied.number(&self.file.position) as i64,
+            mapping: copied.pointer(&self.file.mapping),
+            references: match (&self.file.count, &self.file.count_less_one) {
+                (Some(count), _) => copied.number(count) as i64,
+                (None, Some(count)) => (copied.number(count) as i64).saturating_add(1),
+                (None, None) => i64::MAX,
+            },
         })
     }
 

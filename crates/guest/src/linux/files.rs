@@ -10,6 +10,7 @@ use super::file::{
     Files, Inode, O_CLOEXEC, OpenFile, file_kind, flag_names, initial_root, kernel_pointer,
 };
 use super::path::{Path, PathError, is_kernel_pointer};
+use super::references::{FileReferences, Sharers};
 use super::task::{Task, leaders};
 use super::tree::Patience;
 use crate::table::Items;
@@ -32,6 +33,7 @@ const ATTEMPTS: usize = 8;
 layout! {
     /// `include/linux/fdtable.h`
     struct FilesStructLayout: "files_struct" {
+        users: "count",
         table: "fdt",
     }
 }
@@ -41,6 +43,7 @@ layout! {
     struct FdTableLayout: "fdtable" {
         count: "max_fds",
         files: "fd",
+        open: "open_fds",
         close_on_exec: "close_on_exec",
     }
 }
@@ -216,8 +219,10 @@ fn items(
     selection: &Selection,
     sink: &mut Items<'_, Descriptor>,
 ) -> Result<(), TableError> {
-    let reader = Reader {
+    let mut reader = Reader {
         guest,
+        sharers: Sharers::new(guest, TABLE, "files_struct.count"),
+        references: FileReferences::new(guest, TABLE)?,
         files: Files::new(guest, TABLE, initial_root(guest, TABLE)?)?,
         files_struct: guest.layout(TABLE)?,
         table: guest.layout(TABLE)?,
@@ -229,14 +234,19 @@ fn items(
             continue;
         }
         if reader.descriptors_of(&task, sink).is_break() {
-            break;
+            return Ok(());
         }
+    }
+    if let Some(references) = &reader.references {
+        references.report();
     }
     Ok(())
 }
 
 struct Reader<'g> {
     guest: &'g Guest,
+    sharers: Sharers<'g>,
+    references: Option<FileReferences<'g>>,
     files: Files,
     files_struct: Arc<FilesStructLayout>,
     table: Arc<FdTableLayout>,
@@ -249,11 +259,12 @@ struct Reader<'g> {
 struct Table {
     count: u64,
     files: VirtualAddress,
+    open: VirtualAddress,
     close_on_exec: VirtualAddress,
 }
 
 impl Reader<'_> {
-    fn descriptors_of(&self, task: &Task, sink: &mut Items<'_, Descriptor>) -> ControlFlow<()> {
+    fn descriptors_of(&mut self, task: &Task, sink: &mut Items<'_, Descriptor>) -> ControlFlow<()> {
         let mut entries = Vec::new();
         for attempt in 0..ATTEMPTS {
             if attempt > 0 {
@@ -282,10 +293,19 @@ impl Reader<'_> {
             }
             break;
         }
+        let users = self.guest.number(task.files, &self.files_struct.users);
+        let first = self.sharers.note(task, task.files, users.unwrap_or(0));
+        if let Some(references) = &mut self.references {
+            references.program_of(task);
+        }
         for (fd, file, close_on_exec) in entries {
-            if let Some(row) = self.descriptor(task, fd, file, close_on_exec) {
-                sink(row)?;
+            let Some(row) = self.descriptor(task, fd, file, close_on_exec) else {
+                continue;
+            };
+            if let Some(references) = self.references.as_mut().filter(|_| first) {
+                references.descriptor(task, fd, &row.file);
             }
+            sink(row)?;
         }
         ControlFlow::Continue(())
     }
@@ -336,6 +356,7 @@ impl Reader<'_> {
                 .number(address, &self.table.count)
                 .map_err(read("fdtable", address))?,
             files: kernel_pointer("fdtable.fd", pointer(&self.table.files)?)?,
+            open: kernel_pointer("fdtable.open_fds", pointer(&self.table.open)?)?,
             close_on_exec: kernel_pointer(
                 "fdtable.close_on_exec",
                 pointer(&self.table.close_on_exec)?,
@@ -351,9 +372,22 @@ impl Reader<'_> {
     ) -> Vec<(VirtualAddress, String)> {
         let space = self.guest.space();
         let mut failures = Vec::new();
-        let count = table.count.min(DESCRIPTOR_LIMIT);
-        if table.count > count {
-            let reason = format!("max_fds is {}, {count} are read", table.count);
+        // The maps of open descriptors and of those that execve closes lie
+        // side by side, a bit each for every descriptor that there is room
+        // for.
+        let between = table.open.as_u64().abs_diff(table.close_on_exec.as_u64());
+        let room = between.saturating_mul(8);
+        let mut count = table.count;
+        if room != count && room.is_power_of_two() && (64..=DESCRIPTOR_LIMIT).contains(&room) {
+            count = room;
+        }
+        count = count.min(DESCRIPTOR_LIMIT);
+        if table.count != room || table.count != count {
+            let reason = format!(
+                "max_fds is {}, but there is room for {room} in the map of open descriptors; \
+                 {count} are read",
+                table.count,
+            );
             failures.push((table.files, reason));
         }
         let mut pointers = [[0; 8]; CHUNK];
@@ -376,8 +410,18 @@ impl Reader<'_> {
                 if file.is_null() {
                     continue;
                 }
-                let bits = space.read_u64(table.close_on_exec.wrapping_add(fd / 64 * 8));
-                let close_on_exec = bits.is_ok_and(|bits| bits >> (fd % 64) & 1 == 1);
+                let bit = |map: VirtualAddress| {
+                    let bits = space.read_u64(map.wrapping_add(fd / 64 * 8));
+                    bits.is_ok_and(|bits| bits >> (fd % 64) & 1 == 1)
+                };
+                let close_on_exec = bit(table.close_on_exec);
+                // A number is taken before its file is set and given back
+                // after it is cleared; a running guest may do so between the
+                // two reads.
+                if !self.live && !bit(table.open) {
+                    let reason = format!("descriptor {fd} has a file, but is not in open_fds");
+                    failures.push((table.open, reason));
+                }
                 entries.push((fd, file, close_on_exec));
             }
         }

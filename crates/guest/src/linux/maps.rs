@@ -8,6 +8,7 @@ use secmon_memory::{PAGE_SIZE, VirtualAddress, Volatility};
 use super::file::{Files, Inode, initial_root};
 use super::memory_area::{Area, AreaModel, Mm};
 use super::path::{Path, PathError, is_kernel_pointer};
+use super::references::Sharers;
 use super::task::{Task, leaders};
 use super::tree::Patience;
 use crate::table::Items;
@@ -278,13 +279,14 @@ fn items(
         live: guest.space().memory().volatility() == Volatility::Live,
         patience: Patience::default(),
     };
+    let mut sharers = Sharers::new(guest, TABLE, "mm_struct.mm_users");
     for task in leaders(guest, TABLE)? {
         // A kernel thread can borrow the memory of a process; it is not shown
         // as the thread's.
         if !selection.wants_pid(task.tgid.into()) || task.mm.is_null() || task.is_kernel_thread() {
             continue;
         }
-        if reader.mappings_of(&task, sink)?.is_break() {
+        if reader.mappings_of(&task, &mut sharers, sink)?.is_break() {
             break;
         }
     }
@@ -311,6 +313,7 @@ impl Reader<'_> {
     fn mappings_of(
         &self,
         task: &Task,
+        sharers: &mut Sharers<'_>,
         sink: &mut Items<'_, Mapping>,
     ) -> Result<ControlFlow<()>, TableError> {
         let mut rows = Vec::new();
@@ -354,6 +357,7 @@ impl Reader<'_> {
                 for error in errors {
                     self.record(task, Some(task.mm), &error);
                 }
+                sharers.note(task, task.mm, mm.users);
                 break;
             }
         }

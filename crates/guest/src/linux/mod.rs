@@ -34,6 +34,7 @@ pub mod process;
 pub mod process_tree;
 pub mod processes;
 pub mod rb_tree;
+pub(crate) mod references;
 pub mod rhashtable;
 pub mod signal;
 pub mod snapshot;
