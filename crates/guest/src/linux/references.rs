@@ -174,15 +174,11 @@ impl<'g> FileReferences<'g> {
         let mut wrong = Vec::new();
         for (file, held) in &self.held {
             let mut found = held.descriptors;
-            // What is mapped or executed is worth the look only where
-            // references are left for it.
-            if found < held.count {
-                found += self.programs.get(file).copied().unwrap_or(0);
-                let areas = areas
-                    .entry(held.mapping)
-                    .or_insert_with(|| self.areas_of(held.mapping));
-                found += areas.get(file).copied().unwrap_or(0);
-            }
+            found += self.programs.get(file).copied().unwrap_or(0);
+            let areas = areas
+                .entry(held.mapping)
+                .or_insert_with(|| self.areas_of(held.mapping));
+            found += areas.get(file).copied().unwrap_or(0);
             if found > held.count {
                 wrong.push((*file, *held, found));
             }
