@@ -54,6 +54,7 @@ layout! {
     /// `include/linux/fs.h`
     struct DeviceLayout: "super_block" {
         device: "s_dev",
+        flags: "s_flags",
     }
 }
 
@@ -77,6 +78,10 @@ const S_IFIFO: u32 = 0o010_000;
 /// `FMODE_BACKING` has been bit 25 at first and bit 24 later, and each of the
 /// two means something else at other times (`include/linux/fs.h`).
 const FMODE_BACKING: u32 = 1 << 24 | 1 << 25;
+
+/// `SB_KERNMOUNT` and `SB_NOUSER`: file systems that the kernel mounts for
+/// itself (`include/linux/fs.h`).
+const SB_KERNEL_ONLY: u64 = 1 << 22 | 1 << 31;
 
 /// A device number (`include/linux/kdev_t.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -255,6 +260,16 @@ impl Files {
         self.backing_path(guest, file)
             .and_then(|path| Some((path, self.paths.inode_of(guest, path.dentry)?)))
             .unwrap_or((file.path, file.inode))
+    }
+
+    /// Whether the file is on a mount that the kernel made for itself of a file
+    /// system which is for all, as a stacked file system does for its layers.
+    /// No descriptor leads to such a file.
+    pub fn is_private(&self, guest: &Guest, file: &OpenFile, inode: &Inode) -> bool {
+        self.paths.is_kernel_mount(guest, file.path.mount)
+            && guest
+                .number(inode.superblock, &self.device.flags)
+                .is_ok_and(|flags| flags & SB_KERNEL_ONLY == 0)
     }
 
     fn backing_path(&self, guest: &Guest, file: &OpenFile) -> Option<PathPointer> {

@@ -305,6 +305,18 @@ impl Reader<'_> {
             if let Some(references) = self.references.as_mut().filter(|_| first) {
                 references.descriptor(task, fd, &row.file);
             }
+            if let Ok(inode) = &row.inode
+                && self.files.is_private(self.guest, &row.file, inode)
+            {
+                self.guest.diagnostics().record(Diagnostic {
+                    table: TABLE,
+                    subject: format!("pid {} fd {fd}", task.tgid),
+                    address: Some(row.file.address),
+                    reason: "it leads to a file that the kernel opened for itself, on a mount \
+                             that no process sees"
+                        .into(),
+                });
+            }
             sink(row)?;
         }
         ControlFlow::Continue(())

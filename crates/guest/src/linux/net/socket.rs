@@ -183,7 +183,7 @@ pub fn sockets(
                 || is_linked(guest, address, node)
                 || is_linked(guest, address, bind_node)
         };
-        lister.found(address, Some(source), families(source), &is_there);
+        lister.found(address, Found::In(source), families(source), &is_there);
     };
     tables.walk(&context.namespaces, &mut visit);
     if let Some(vsock) = &context.vsock {
@@ -205,9 +205,18 @@ pub fn sockets(
             }
         };
         let is_there = || guest.pointer(socket, &layout.sk) == Ok(sock);
-        lister.found(sock, None, &[], &is_there);
+        lister.found(sock, Found::Behind(socket), &[], &is_there);
     }
     Ok(())
+}
+
+/// Where a socket was found.
+#[derive(Clone, Copy)]
+enum Found {
+    /// In a table of the kernel's.
+    In(Source),
+    /// Behind a file, as the `sk` of this `struct socket`.
+    Behind(VirtualAddress),
 }
 
 struct Lister<'l> {
@@ -236,7 +245,7 @@ impl Lister<'_> {
     fn found(
         &mut self,
         address: VirtualAddress,
-        source: Option<Source>,
+        place: Found,
         families: &[u16],
         is_there: &dyn Fn() -> bool,
     ) {
@@ -254,9 +263,9 @@ impl Lister<'_> {
             Err(error) => {
                 self.guest.diagnostics().record(Diagnostic {
                     table: self.table,
-                    subject: match source {
-                        Some(source) => format!("sock in the {source:?} table"),
-                        None => "sock".to_owned(),
+                    subject: match place {
+                        Found::In(source) => format!("sock in the {source:?} table"),
+                        Found::Behind(_) => "sock".to_owned(),
                     },
                     address: Some(address),
                     reason: format!("left out: {error}"),
@@ -264,6 +273,13 @@ impl Lister<'_> {
                 return;
             }
         };
+        // Each of the two names the other one.
+        if let Found::Behind(socket) = place
+            && sock.socket() != Some(socket)
+        {
+            self.left_out(socket, "its sock belongs to another socket");
+            return;
+        }
         let inode = match (sock.form, sock.socket()) {
             (Form::Full, Some(socket)) => {
                 inode_of(self.guest, self.table, socket, address).map_err(|error| error.to_string())
@@ -272,7 +288,10 @@ impl Lister<'_> {
         };
         let socket = Socket {
             sock,
-            source,
+            source: match place {
+                Found::In(source) => Some(source),
+                Found::Behind(_) => None,
+            },
             inode,
             context: self.context.clone(),
         };
