@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use secmon_memory::VirtualAddress;
 
-use super::module::knowledge::symbols_of;
+use super::module::knowledge::{exports_of, symbols_of};
 use super::module::modules;
 use crate::table::Items;
 use crate::{
@@ -54,7 +54,7 @@ pub static SYMBOLS: TableOf<Symbol> = TableOf {
             "kind",
             Kind::Text,
             "T text, D data, B zeroed data, R read-only, A absolute, W weak; lower case for \
-             local ones.",
+             local ones, and for those of a module that it does not export.",
             |_, symbol| symbol.kind.to_string().into(),
         ),
         column("name", Kind::Text, "The symbol's name.", |_, symbol| {
@@ -111,12 +111,30 @@ fn items(
                 continue;
             }
         };
+        let exports = match exports_of(guest, TABLE, &module) {
+            Ok(exports) => Some(exports),
+            Err(error) => {
+                guest.diagnostics().record(Diagnostic {
+                    table: TABLE,
+                    subject: format!("module {}", String::from_utf8_lossy(&module.name)),
+                    address: Some(module.address),
+                    reason: format!("what it exports is not known: {error}"),
+                });
+                None
+            }
+        };
         let name: Arc<[u8]> = module.name.as_slice().into();
         for symbol in symbols.iter() {
             let item = Symbol {
                 name: symbol.name.to_owned(),
                 address: symbol.address,
-                kind: symbol.kind,
+                kind: match &exports {
+                    Some(exports) if exports.contains(symbol.address, symbol.name) => {
+                        symbol.kind.to_ascii_uppercase()
+                    }
+                    Some(_) => symbol.kind.to_ascii_lowercase(),
+                    None => symbol.kind,
+                },
                 module: Some(name.clone()),
             };
             if sink(item).is_break() {

@@ -2,6 +2,8 @@
 //! `include/linux/module.h`) and types (`struct btf_module`,
 //! `kernel/bpf/btf.c`).
 
+use std::collections::HashMap;
+
 use secmon_memory::{ReadError, VirtualAddress};
 use secmon_profile::{
     ModuleError, ModuleSymbolTable, Symbols, Types, module_symbols, module_types,
@@ -36,6 +38,40 @@ layout! {
     struct BtfLayout: "btf" {
         data: "data",
         length: "data_size",
+    }
+}
+
+layout! {
+    /// `include/linux/module.h`
+    struct ExportsLayout: "module" {
+        symbols: "syms",
+        count: "num_syms",
+    }
+}
+
+layout! {
+    /// `include/linux/export-internal.h`, with places relative to themselves
+    /// (`HAVE_ARCH_PREL32_RELOCATIONS`, as on x86-64).
+    struct ExportLayout: "kernel_symbol" {
+        value: "value_offset",
+        name: "name_offset",
+    }
+}
+
+/// More symbols than this exports no module.
+const MOST_EXPORTS: u64 = 1 << 16;
+/// `KSYM_NAME_LEN` (`include/linux/kallsyms.h`).
+const LONGEST_NAME: usize = 512;
+
+/// What a module exports: names by address.
+#[derive(Debug, Default)]
+pub struct Exports(HashMap<u64, Vec<Vec<u8>>>);
+
+impl Exports {
+    /// Whether the symbol of that name and address is one of them.
+    pub fn contains(&self, address: VirtualAddress, name: &str) -> bool {
+        let names = self.0.get(&address.as_u64());
+        names.is_some_and(|names| names.iter().any(|known| known == name.as_bytes()))
     }
 }
 
@@ -79,6 +115,41 @@ pub fn symbols_of(
         kinds: kinds.filter(|kinds| !kinds.is_null()),
     };
     Ok(Some(module_symbols(guest.space(), &symbol_table)?))
+}
+
+/// The symbols in the module's own list of exports, `syms`. They have
+/// capital letters in `/proc/kallsyms`, all others small ones; kernels
+/// that keep exports for modules under the GPL in a list of their own don't
+/// look into that one (`is_exported`).
+///
+/// # Errors
+/// [`KnowledgeError`] if they can't be read.
+pub fn exports_of(
+    guest: &Guest,
+    table: &'static str,
+    module: &Module,
+) -> Result<Exports, KnowledgeError> {
+    let layout = guest.layout::<ExportsLayout>(table)?;
+    let entry = guest.layout::<ExportLayout>(table)?;
+    let list = guest.pointer(module.address, &layout.symbols)?;
+    let count = guest.number(module.address, &layout.count)?;
+    let mut exports = Exports::default();
+    for index in 0..count.min(MOST_EXPORTS) {
+        let export = list.wrapping_add(index.wrapping_mul(entry.size));
+        // Both are told by their distance from where that is written.
+        let target = |offset| -> Result<VirtualAddress, ReadError> {
+            let place = export.wrapping_add(offset);
+            let distance = guest.space().read_u32(place)? as i32;
+            let target = place.as_u64().wrapping_add_signed(distance.into());
+            Ok(VirtualAddress::new(target))
+        };
+        let address = target(entry.value.offset)?.as_u64();
+        let name = guest
+            .space()
+            .read_c_string(target(entry.name.offset)?, LONGEST_NAME)?;
+        exports.0.entry(address).or_default().push(name);
+    }
+    Ok(exports)
 }
 
 /// The module's types on top of the kernel's; none if the kernel has none of
