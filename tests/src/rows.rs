@@ -21,6 +21,11 @@ pub enum Expected {
     OneOf(Vec<Value>),
     /// A number or time (nanoseconds) in this range, both ends included.
     Between(i128, i128),
+    /// A text that sorts into this range, both ends included.
+    TextBetween(String, String),
+    /// The text of a number whose whole part is in this range, both ends
+    /// included.
+    DecimalBetween(i128, i128),
     /// A list of these, in any order.
     Same(Vec<Value>),
     /// A list with all of these in it, and maybe others.
@@ -110,6 +115,15 @@ impl Expected {
             Self::Between(low, high) => {
                 as_number(value).is_some_and(|number| *low <= number && number <= *high)
             }
+            Self::TextBetween(low, high) => match value {
+                Value::Text(text) => (low.as_bytes()..=high.as_bytes()).contains(&text.as_bytes()),
+                _ => false,
+            },
+            Self::DecimalBetween(low, high) => match value {
+                Value::Text(text) => whole_part(text.as_bytes())
+                    .is_some_and(|number| (*low..=*high).contains(&number)),
+                _ => false,
+            },
             Self::Same(expected) => match value {
                 Value::List(found) => found.len() == expected.len() && includes(found, expected),
                 _ => false,
@@ -121,6 +135,12 @@ impl Expected {
             Self::Anything => true,
         }
     }
+}
+
+fn whole_part(text: &[u8]) -> Option<i128> {
+    let text = std::str::from_utf8(text).ok()?;
+    let whole = text.split_once('.').map_or(text, |(whole, _)| whole);
+    whole.parse().ok()
 }
 
 /// Whether each of `wanted` is in the list, as often as it is wanted.

@@ -1,11 +1,15 @@
 //! Every compared table equals the guest's own truth: four kernels, four- and
 //! five-level paging, one and four vCPUs, live and from a dump.
 
-use anyhow::{Result, bail};
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail, ensure};
+use secmon_guest::{Selection, Value};
 use secmon_lab::qmp::DumpFormat;
 use secmon_lab::{Backing, Emulator, Guest, Paging, Suite, Workload};
 use secmon_tests::compare::{self, Truth};
 use secmon_tests::open::{self, Opened};
+use secmon_tests::rows::read_table;
 
 /// Fails with all differences, up to a number that can still be read.
 fn expect_none(what: &str, differences: &[String]) -> Result<()> {
@@ -69,6 +73,41 @@ fn compare_kernel(opened: &Opened, guest: &Guest) -> Result<Vec<String>> {
     Ok(differences)
 }
 
+/// Every symbol of modules, as root in the guest reads it in /proc/kallsyms.
+fn compare_module_symbols(opened: &Opened, guest: &Guest) -> Result<Vec<String>> {
+    // What is no module has a name there too, and its symbols come and go.
+    let is_module = |name: &str| name != "bpf" && !name.starts_with("__builtin__");
+    let mut balance = BTreeMap::<(String, String, u64, String), i32>::new();
+    for symbol in guest.truth().kallsyms()? {
+        if let Some(module) = symbol.module.filter(|module| is_module(module)) {
+            let kind = symbol.kind.to_string();
+            let key = (module, symbol.name, symbol.address, kind);
+            *balance.entry(key).or_default() -= 1;
+        }
+    }
+    ensure!(
+        balance.len() > 1000,
+        "the guest has only {} symbols of modules",
+        balance.len()
+    );
+    for row in read_table(&opened.guest(), "symbols", Selection::default())? {
+        let cell = |name| row.get(name).map(ToString::to_string).unwrap_or_default();
+        if let Some(Value::Address(address)) = row.get("address")
+            && row.get("module") != Some(&Value::Null)
+        {
+            let key = (cell("module"), cell("name"), *address, cell("kind"));
+            *balance.entry(key).or_default() += 1;
+        }
+    }
+    let different = balance.into_iter().filter(|(_, balance)| *balance != 0);
+    Ok(different
+        .map(|(key, balance)| match balance {
+            ..0 => format!("symbol missing: {key:x?}"),
+            _ => format!("symbol invented: {key:x?}"),
+        })
+        .collect())
+}
+
 /// How often the live tables are read. Truth is not told at one moment, so an
 /// object that comes and goes between its parts can look wrong once; what is
 /// wrong stays wrong.
@@ -104,6 +143,10 @@ fn compare(emulator: Emulator, suite: Suite, paging: Paging, vcpus: u32) -> Resu
 
     let live = open::target(&format!("qemu:{}", guest.pid()))?;
     expect_none("the kernel", &compare_kernel(&live, &guest)?)?;
+    expect_none(
+        "symbols of modules",
+        &compare_module_symbols(&live, &guest)?,
+    )?;
     let between = compare_live(&live, &guest)?;
 
     let core = guest.folder().join("core");

@@ -551,6 +551,8 @@ pub struct Info {
     pub memory_kib: BTreeMap<String, u64>,
     /// Online processors.
     pub processors: u32,
+    /// Vendor and model of the first processor, as `/proc/cpuinfo` has them.
+    pub processor: Option<String>,
     /// Flags of the first processor.
     pub processor_flags: Vec<String>,
     /// Paging levels, 4 or 5 (`la57` among the processor's flags).

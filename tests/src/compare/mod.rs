@@ -3,6 +3,7 @@
 mod bpf;
 mod env;
 mod files;
+mod info;
 mod interfaces;
 mod kmsg;
 mod maps;
@@ -90,6 +91,7 @@ pub struct Check {
 
 /// Every table that is compared.
 pub static CHECKS: &[Check] = &[
+    info::INFO,
     processes::PROCESSES,
     threads::THREADS,
     namespaces::NAMESPACES,

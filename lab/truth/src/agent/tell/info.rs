@@ -16,6 +16,8 @@ const SYSCTLS: &[&str] = &[
     "kernel/dmesg_restrict",
     "kernel/perf_event_paranoid",
     "kernel/unprivileged_bpf_disabled",
+    "kernel/unprivileged_userns_clone",
+    "kernel/panic_on_oops",
     "kernel/modules_disabled",
     "kernel/kexec_load_disabled",
     "kernel/yama/ptrace_scope",
@@ -40,7 +42,10 @@ const SYSCTLS: &[&str] = &[
 /// Everything about the system that isn't a list.
 pub fn info(failures: &[String], roles: &BTreeMap<String, i32>) -> io::Result<Info> {
     let stat = fs::read_to_string("/proc/stat")?;
-    let processor_flags = first_flags(&fs::read_to_string("/proc/cpuinfo")?);
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+    let processor_flags = first_flags(&cpuinfo);
+    let vendor = first_line(&cpuinfo, "vendor_id");
+    let model = first_line(&cpuinfo, "model name");
     Ok(Info {
         uname: uname()?,
         version: read("/proc/version")?,
@@ -68,6 +73,9 @@ pub fn info(failures: &[String], roles: &BTreeMap<String, i32>) -> io::Result<In
         } else {
             4
         },
+        processor: vendor
+            .zip(model)
+            .map(|(vendor, model)| format!("{vendor} {model}")),
         processor_flags,
         vulnerabilities: vulnerabilities(),
         sysctls: SYSCTLS
@@ -197,13 +205,18 @@ fn meminfo() -> io::Result<BTreeMap<String, u64>> {
         .collect())
 }
 
-fn first_flags(cpuinfo: &str) -> Vec<String> {
-    cpuinfo
+/// What the first line of that name says.
+fn first_line<'t>(cpuinfo: &'t str, name: &str) -> Option<&'t str> {
+    let (_, value) = cpuinfo
         .lines()
-        .find(|line| line.starts_with("flags"))
-        .and_then(|line| line.split_once(':'))
-        .map(|(_, flags)| flags.split_whitespace().map(str::to_owned).collect())
-        .unwrap_or_default()
+        .find(|line| line.starts_with(name))?
+        .split_once(':')?;
+    Some(value.trim())
+}
+
+fn first_flags(cpuinfo: &str) -> Vec<String> {
+    let flags = first_line(cpuinfo, "flags").unwrap_or_default();
+    flags.split_whitespace().map(str::to_owned).collect()
 }
 
 fn vulnerabilities() -> BTreeMap<String, String> {
