@@ -14,9 +14,12 @@ pub const TASKS: usize = 1000;
 /// Of them those that the lab's workload is asked for; kernel threads and the
 /// rest of the workload make up more than the rest.
 const PROCESSES: u32 = 960;
+/// Processes of the image with truth that do nothing; the rich workload and
+/// kernel threads bring the number above 1,000.
+const PLAIN_PROCESSES: u32 = 830;
 
 /// Where guest physical memory is free of holes: above the BIOS's first MiB.
-const FIRST: u64 = 16 << 20;
+pub const FIRST: u64 = 16 << 20;
 /// The bytes that random and sequential reads go over.
 pub const SPAN: u64 = 480 << 20;
 
@@ -52,6 +55,38 @@ pub fn path() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A folder with `ram.raw`, the memory of a guest of 1,000 processes of all
+/// kinds, and with what that guest itself said just before and just after
+/// (`truth.json`, `truth-after.json`). Made the first time, then kept.
+/// `SECMON_PEERS_IMAGE` names another one.
+///
+/// # Errors
+/// If the guest can't be booted or the image not be written.
+pub fn with_truth() -> Result<PathBuf> {
+    if let Some(folder) = std::env::var_os("SECMON_PEERS_IMAGE") {
+        return Ok(folder.into());
+    }
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let place = manifest.join("../target/bench-images/linux-6.12-1000-processes");
+    if place.is_dir() {
+        return Ok(place);
+    }
+    let workload = Workload {
+        processes: PLAIN_PROCESSES,
+        ..Workload::rich()
+    };
+    let guest = Guest::builder(Suite::Trixie)
+        .backing(Backing::File)
+        .workload(workload)
+        .boot()?;
+    let draft = place.with_extension("partial");
+    secmon_lab::write_image(&guest, &draft)?;
+    // The same memory once more, in a format that no one asks for here.
+    std::fs::remove_file(draft.join("vmcore.elf"))?;
+    std::fs::rename(&draft, &place)?;
+    Ok(place)
+}
+
 /// The opened image.
 pub struct Image {
     /// Its kernel.
@@ -67,7 +102,15 @@ impl Image {
     /// # Errors
     /// If it can't be made or opened.
     pub fn open() -> Result<Self> {
-        let target: Target = format!("file:{}", path()?.display()).parse()?;
+        Self::open_at(&path()?)
+    }
+
+    /// Opens another image as `secmon` does.
+    ///
+    /// # Errors
+    /// If it can't be opened.
+    pub fn open_at(path: &Path) -> Result<Self> {
+        let target: Target = format!("file:{}", path.display()).parse()?;
         let opened = target.open(&OpenOptions::default())?;
         let options = FindOptions {
             cache: Cache::Off,

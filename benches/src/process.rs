@@ -17,7 +17,8 @@ pub struct Run {
     pub peak_anonymous_kib: u64,
 }
 
-fn anonymous_kib(pid: u32) -> Option<u64> {
+/// Anonymous memory of a process in KiB (`RssAnon`), while it runs.
+pub fn anonymous_kib(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("RssAnon:"))?;
     line.split_whitespace().nth(1)?.parse().ok()
@@ -76,4 +77,18 @@ pub fn secmon_ps(secmon: &Path, image: &Path, cache: &Path) -> Command {
         .arg(cache)
         .args(["ps", "--format", "json"]);
     command
+}
+
+/// How many processors this machine has, and of which model.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or_default();
+    let cores = text
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    format!("{cores} × {}", model.trim_start_matches([' ', '\t', ':']))
 }

@@ -45,6 +45,14 @@ impl Archive {
 
     /// Fetches a package and unpacks it into `to`.
     pub fn unpack(&self, package: &str, to: &Path) -> Result<()> {
+        let file = self.download(package)?;
+        run(Command::new("dpkg-deb").arg("-x").arg(&file).arg(to))?;
+        fs::remove_file(file)?;
+        Ok(())
+    }
+
+    /// Fetches a package, and gives its file.
+    pub fn download(&self, package: &str) -> Result<PathBuf> {
         let packages = self.folder.join("packages");
         run(self
             .apt("apt-get")
@@ -59,10 +67,7 @@ impl Archive {
                 found = Some(path);
             }
         }
-        let file = found.with_context(|| format!("apt-get left no package of {package}"))?;
-        run(Command::new("dpkg-deb").arg("-x").arg(&file).arg(to))?;
-        fs::remove_file(file)?;
-        Ok(())
+        found.with_context(|| format!("apt-get left no package of {package}"))
     }
 
     fn apt(&self, program: &str) -> Command {

@@ -25,6 +25,7 @@ mod agent;
 mod archive;
 mod builder;
 mod cache;
+mod debug_image;
 mod emulator;
 mod guest;
 mod image;
@@ -40,6 +41,7 @@ pub use secmon_truth as truth;
 
 pub use acceleration::Acceleration;
 pub use builder::{Backing, GuestBuilder, Machine, Paging, QmpAccess};
+pub use debug_image::debug_image;
 pub use emulator::Emulator;
 pub use guest::Guest;
 pub use image::{Truth, write_image};

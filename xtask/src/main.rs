@@ -8,6 +8,7 @@ mod check;
 mod demo;
 mod docs;
 mod fuzz;
+mod peers;
 mod prerequisites;
 mod run;
 
@@ -37,6 +38,8 @@ enum Task {
     },
     /// Measure, write docs/performance.md, and fail if a stated limit is missed
     Bench,
+    /// Compare with volatility3, drgn and memflow on one image, and write docs/peers.md
+    Peers,
     /// Write the documents that are generated from the code
     Docs {
         /// Only say whether they are up to date
@@ -51,6 +54,7 @@ fn main() -> Result<()> {
         Task::Test => check::run_all(),
         Task::Fuzz { seconds, target } => fuzz::run_targets(seconds, target.as_deref()),
         Task::Bench => check::bench(),
+        Task::Peers => peers::compare(),
         Task::Docs { check } => docs::run(check),
     }
 }

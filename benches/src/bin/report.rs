@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use secmon_benches::image;
-use secmon_benches::process::{median, peak_memory, secmon_ps, time};
+use secmon_benches::process::{median, peak_memory, processor, secmon_ps, time};
 use serde_json::Value;
 
 /// Whole runs of each kind; the middle one counts.
@@ -177,19 +177,6 @@ fn lines(target: &Path) -> Result<Vec<Line>> {
     ];
     lines.extend(whole_runs(&target.join("release/secmon"))?);
     Ok(lines)
-}
-
-fn processor() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .unwrap_or_default();
-    let cores = text
-        .lines()
-        .filter(|line| line.starts_with("processor"))
-        .count();
-    format!("{cores} × {}", model.trim_start_matches([' ', '\t', ':']))
 }
 
 fn document(lines: &[Line]) -> Result<String> {

@@ -267,6 +267,16 @@ pub enum BuiltIn {
     #[command(subcommand, hide = true)]
     Monitor(MonitorCommand),
 
+    /// Write the kernel's symbols and types as an ISF file, for volatility3
+    ///
+    /// Volatility3 and others need such a file for every build of a kernel, made
+    /// from its debug package. This one is made from the target's memory alone.
+    /// It serves every boot of the same build, wherever KASLR puts the kernel.
+    #[command(after_help = "Example:
+  secmon -t file:memory.raw isf symbols/linux/web1.json
+  vol --symbol-dirs symbols -f memory.raw linux.pslist")]
+    Isf(IsfArguments),
+
     /// Print a completion script for a shell
     #[command(after_help = "Examples:
   bash   secmon completions bash > ~/.local/share/bash-completion/completions/secmon
@@ -310,6 +320,13 @@ pub struct TranslateArguments {
     /// SYMBOL[+OFFSET], 0xADDRESS (kernel) or PID:0xADDRESS (process)
     #[arg(required = true)]
     pub locations: Vec<Location>,
+}
+
+/// Arguments of `secmon isf`.
+#[derive(Args, Clone, Debug)]
+pub struct IsfArguments {
+    /// The file to write; without it the document goes to stdout
+    pub output: Option<PathBuf>,
 }
 
 /// The formats that `secmon dump` writes.

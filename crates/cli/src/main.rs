@@ -13,6 +13,7 @@ mod fault;
 mod filter;
 mod findings;
 mod inspect;
+mod isf;
 mod listing;
 mod location;
 mod monitor;
@@ -100,6 +101,10 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
         BuiltIn::Monitor(command) => monitor::run(&command, common, reporter),
         BuiltIn::Read(arguments) => read(&session, &arguments, format),
         BuiltIn::Translate(arguments) => translate(&session, &arguments, format),
+        BuiltIn::Isf(arguments) => {
+            fault::install();
+            isf::isf(&session, &arguments, reporter)
+        }
         BuiltIn::Dump(arguments) => {
             fault::install();
             dump::dump(session, &arguments, format, reporter)

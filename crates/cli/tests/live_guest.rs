@@ -166,6 +166,23 @@ fn a_dump_is_the_guest_as_it_was() {
         );
         std::fs::remove_file(Path::new(text)).expect("it is there");
     }
+    the_kernel_is_written_for_other_tools(&watched, folder.path());
+}
+
+fn the_kernel_is_written_for_other_tools(watched: &Watched, folder: &Path) {
+    let path = folder.join("guest.json");
+    let text = path.to_str().expect("UTF-8");
+    let written = watched.run(&["isf", text]);
+    assert!(written.status.success(), "{written:?}");
+    let document = std::fs::read(&path).expect("the document");
+    let parsed: Value = serde_json::from_slice(&document).expect("JSON");
+    let task = &parsed["symbols"]["init_task"];
+    assert_eq!(task["type"]["name"], "task_struct");
+    assert!(parsed["user_types"]["task_struct"]["fields"]["comm"].is_object());
+    let shown = watched.run(&["isf"]);
+    assert_eq!(shown.stdout, document, "stdout gets the same");
+    let again = watched.run(&["isf", text]);
+    assert_eq!(again.status.code(), Some(2), "an existing file stays");
 }
 
 #[test]

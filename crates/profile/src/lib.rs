@@ -39,6 +39,7 @@ mod crosscheck;
 mod find;
 mod image;
 mod isf;
+mod isf_export;
 mod kallsyms;
 mod kernel;
 mod locate;
@@ -55,6 +56,7 @@ mod types;
 pub use cache::CacheOutcome;
 pub use find::{Cache, FindError, FindOptions, Search, find};
 pub use isf::{Isf, IsfError};
+pub use isf_export::{ExportError, write_isf};
 pub use kallsyms::KallsymsError;
 pub use kernel::{
     Conflict, Evidence, Kernel, KernelImage, ProfileFrom, RootFrom, Subject, TablesFrom, VmcoreInfo,

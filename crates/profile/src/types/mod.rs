@@ -10,6 +10,7 @@
 
 mod btf;
 pub(crate) mod encode;
+pub(crate) mod export;
 mod path;
 mod resolve;
 

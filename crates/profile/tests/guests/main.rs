@@ -9,6 +9,7 @@ mod forged;
 mod forgeries;
 mod modules;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,7 +18,8 @@ use secmon_lab::{Guest, Paging, Suite};
 use secmon_memory::{MappedMemory, PagingMode, PhysicalMemory, VirtualAddress, Volatility};
 use secmon_platform::layout::{Machine, RamLayout};
 use secmon_profile::{
-    Cache, CacheOutcome, FindOptions, Kernel, ProfileFrom, Search, TablesFrom, find,
+    Cache, CacheOutcome, FindOptions, Isf, Kernel, Member, ProfileFrom, Search, TablesFrom,
+    TypeKind, find, write_isf,
 };
 
 /// A guest and a copy of its memory from one moment, when its vCPUs stood
@@ -226,7 +228,47 @@ fn check(suite: Suite, paging: Paging, arguments: &[&str]) {
     assert!(matches!(hinted.evidence.tables, TablesFrom::Hint(_)));
     compare(&subject, &hinted);
 
+    compare_export(&thorough);
     forgeries::check(&subject.copy, &thorough);
+}
+
+/// The kernel's ISF document, read again, says the same of every structure.
+fn compare_export(kernel: &Kernel) {
+    let mut document = Vec::new();
+    write_isf(kernel, &mut document).expect("types");
+    let isf = Isf::parse(Path::new("own"), &document).expect("a good document");
+    assert_eq!(isf.banner(), Some(kernel.profile.banner()));
+    let types = kernel.profile.types().expect("types");
+    let mut seen = HashSet::new();
+    let mut members = 0;
+    for structure in types.iter() {
+        if !matches!(structure.kind, TypeKind::Structure | TypeKind::Union)
+            // Of types that share a name the document has the first.
+            || !seen.insert(structure.name.clone())
+        {
+            continue;
+        }
+        let name = &structure.name;
+        assert_eq!(isf.types().size_of(name).ok(), structure.size, "{name}");
+        for own in types.members_of(structure.id).expect("members") {
+            let Some(path) = own.name else {
+                continue;
+            };
+            let found = isf.types().member(name, &path).expect(&path);
+            let place = |member: &Member| (member.offset, member.bit_offset, member.bit_size);
+            assert_eq!(place(&own.member), place(&found), "{name}.{path}");
+            // Two structures of one name are one in the document.
+            let name_alone = ["struct ", "union ", "_t"];
+            let by_name = name_alone
+                .iter()
+                .any(|word| own.member.type_name.contains(word));
+            if own.member.pointer || !by_name {
+                assert_eq!(own.member.size, found.size, "{name}.{path}");
+            }
+            members += 1;
+        }
+    }
+    assert!(members > 20_000, "only {members} members to compare");
 }
 
 #[test]
