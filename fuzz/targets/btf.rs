@@ -13,6 +13,8 @@ fuzz_target!(|bytes: &[u8]| {
             continue;
         };
         ask(&types);
+        // What is written of them ends.
+        let _ = secmon_profile::fuzzing::isf_types(&types);
         if let Ok(types) = types.parse_module(module.to_vec()) {
             ask(&types);
         }

@@ -76,6 +76,16 @@ pub use types::{
 pub mod fuzzing {
     use crate::kallsyms::{MARKER_DISTANCE, Names, Tokens};
 
+    /// Writes types as an ISF document has them.
+    pub fn isf_types(types: &crate::Types) -> Vec<u8> {
+        let mut text = b"{".to_vec();
+        let export = crate::types::export::Export::new(types);
+        if export.write_sections(&mut text).is_ok() {
+            text.push(b'}');
+        }
+        text
+    }
+
     /// Reads a file of the profile cache.
     pub fn cache_file(bytes: &[u8]) {
         let _ = crate::cache::Stored::decode(bytes);

@@ -121,15 +121,16 @@ fn main() -> Result<()> {
     };
     let pat = reads::large_page_with_pat(&setup)?;
     let reads = reads::compete(&setup)?;
+    let path = manifest.join("../docs/peers.md");
     let mut results = Vec::new();
     for job in jobs::jobs(&setup, &truth) {
         let outcomes = runs::compete(&setup, &job)?;
         results.push((job, outcomes));
+        // After each, as all of it takes long.
+        let text = report::document(&facts, &results, &reads, &pat)?;
+        fs::write(&path, &text).with_context(|| path.display().to_string())?;
     }
-    let text = report::document(&facts, &results, &reads, &pat)?;
-    println!("{text}");
-    let path = manifest.join("../docs/peers.md");
-    fs::write(&path, &text).with_context(|| path.display().to_string())?;
+    println!("written: {}", path.display());
     let wrong = results.iter().flat_map(|(job, outcomes)| {
         let own = outcomes.iter().filter(|outcome| outcome.tool == "SecMon");
         own.filter(|outcome| !outcome.verdict.as_ref().is_ok_and(truth::Verdict::is_right))

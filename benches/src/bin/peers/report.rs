@@ -8,7 +8,7 @@ use secmon_benches::process::processor;
 
 use crate::jobs::Job;
 use crate::reads::{self, Case};
-use crate::runs::{Outcome, ROUNDS};
+use crate::runs::{BUDGET, Outcome, ROUNDS};
 
 /// Examples of each kind of error.
 const EXAMPLES: usize = 3;
@@ -83,8 +83,9 @@ pub fn document(
     write!(
         text,
         "Each run of a listing is a process of its own, start to end; the tools take turns, {ROUNDS} rounds, \
-         the median counts (SecMon's of three runs in each round). The image is in the page cache. \
+         the median counts; one that took more than {} s is not run again. SecMon runs three times a round. The image is in the page cache. \
          Machine: {}, busy with other work: compare within a table, not across machines. Guest kernel: {}.\n\n",
+        BUDGET.as_secs(),
         processor(),
         facts.release
     )?;
@@ -117,8 +118,8 @@ pub fn document(
         write!(
             text,
             "\n### {}\n\n{} certain rows; compared: {}.\n\n\
-             | tool | median | times SecMon's | own memory | rows | missing | invented | wrong | says it can't tell |\n\
-             |---|---:|---:|---:|---:|---:|---:|---:|---:|\n",
+             | tool | median | runs | times SecMon's | own memory | rows | missing | invented | wrong | says it can't tell |\n\
+             |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n",
             job.title,
             job.expected.certain(),
             job.compared
@@ -128,10 +129,11 @@ pub fn document(
         let own = own.map_or(1.0, |own| own.median.as_secs_f64());
         for outcome in outcomes {
             let line = format!(
-                "| {} {} | {} | {} | {} MiB |",
+                "| {} {} | {} | {} | {} | {} MiB |",
                 outcome.tool,
                 outcome.how,
                 seconds(outcome.median),
+                outcome.runs,
                 times(outcome.median.as_secs_f64() / own),
                 outcome.memory >> 10
             );
@@ -149,7 +151,11 @@ pub fn document(
             }
         }
         for (tool, reason) in &job.absent {
-            writeln!(text, "| {tool} | not possible: {} ||||||||", inline(reason))?;
+            writeln!(
+                text,
+                "| {tool} | not possible: {} |||||||||",
+                inline(reason)
+            )?;
         }
         errors(&mut text, outcomes)?;
     }

@@ -15,6 +15,8 @@ use secmon_benches::process::{anonymous_kib, median};
 
 /// Rounds of each job.
 pub const ROUNDS: usize = 3;
+/// A tool that has had this long for a job is not run again.
+pub const BUDGET: Duration = Duration::from_secs(40);
 /// Our own runs in a round: short ones vary more.
 const OWN_RUNS: usize = 3;
 /// How often a process's memory is looked at.
@@ -26,6 +28,8 @@ pub struct Outcome {
     pub tool: &'static str,
     /// What it was asked for, and with which caches.
     pub how: String,
+    /// How often it was run.
+    pub runs: usize,
     /// The median of its runs.
     pub median: Duration,
     /// The largest `RssAnon` seen, in KiB.
@@ -110,6 +114,9 @@ pub fn compete(setup: &Setup, job: &Job) -> Result<Vec<Outcome>> {
     }
     for round in 0..ROUNDS {
         for (number, contestant) in job.contestants.iter().enumerate() {
+            if elapsed[number].iter().sum::<Duration>() > BUDGET {
+                continue;
+            }
             let runs = match contestant.tool {
                 "SecMon" => OWN_RUNS,
                 _ => 1,
@@ -157,6 +164,7 @@ pub fn compete(setup: &Setup, job: &Job) -> Result<Vec<Outcome>> {
                 Caches::Warm => format!("`{}`, warm cache", contestant.how),
                 Caches::None => format!("`{}`", contestant.how),
             },
+            runs: elapsed.len(),
             median: median(elapsed),
             memory,
             verdict: verdict.unwrap_or_else(|| Err("it was never run".to_owned())),

@@ -15,7 +15,7 @@ use super::{TypeId, Types};
 
 /// Pointers and array dimensions in one reference. What is deeper is written
 /// as `void`; real references stay below 6.
-const MAXIMUM_DEPTH: usize = 32;
+const MAXIMUM_DEPTH: usize = 8;
 
 /// Writes the items of a JSON object, a comma between two.
 pub(crate) struct Items<'a, W> {
