@@ -1,0 +1,5 @@
+//! x
+pub mod grants;
+pub mod hex;
+pub mod log;
+pub mod protocol;
