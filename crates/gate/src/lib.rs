@@ -1,4 +1,5 @@
 //! x
+pub mod gdb;
 pub mod grants;
 pub mod hex;
 pub mod log;

@@ -12,13 +12,13 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType,
 };
 use serde_json::{Value, json};
@@ -272,10 +272,7 @@ impl QmpClient {
             .map_err(|error| self.failed(command, &error))?;
         loop {
             let mut answer = self.receive(command, deadline)?;
-            if let Some(event) = answer.get("event").and_then(Value::as_str) {
-                if self.events.len() < MAX_EVENTS {
-                    self.events.push(event.to_owned());
-                }
+            if self.is_event(&answer) {
                 continue;
             }
             if answer.get("id").and_then(Value::as_u64) != Some(id) {
@@ -295,16 +292,73 @@ impl QmpClient {
         }
     }
 
+    /// Remembers the name of an event.
+    fn is_event(&mut self, answer: &Value) -> bool {
+        let Some(event) = answer.get("event").and_then(Value::as_str) else {
+            return false;
+        };
+        if self.events.len() < MAX_EVENTS {
+            self.events.push(event.to_owned());
+        }
+        true
+    }
+
+    /// Notes the events that have come since, without waiting. To be called
+    /// when the descriptor is readable and no command is under way.
+    ///
+    /// # Errors
+    /// [`QmpError::Closed`] if QEMU is gone; the connection is then of no more
+    /// use, as after any error.
+    pub fn receive_events(&mut self) -> Result<(), QmpError> {
+        const WHILE: &str = "waiting for events";
+        if self.broken {
+            return Err(self.closed(WHILE, "an earlier command was not answered"));
+        }
+        let result = self.drain(WHILE);
+        self.broken |= result.is_err();
+        result
+    }
+
+    fn drain(&mut self, command: &str) -> Result<(), QmpError> {
+        let mut chunk = [0; 16 << 10];
+        loop {
+            // Events may have come together with the last answer.
+            while let Some(at) = memchr::memchr(b'\n', &self.received) {
+                let line = self.take_line(at)?;
+                if !self.is_event(&line) {
+                    return Err(self.protocol("an answer to something that was not asked"));
+                }
+            }
+            if self.received.len() > MAX_LINE {
+                return Err(self.protocol("a line of more than 16 MiB"));
+            }
+            match rustix::net::recv(&self.stream, &mut chunk, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Err(self.closed(command, "QEMU closed it")),
+                Ok((count, _)) => self
+                    .received
+                    .extend_from_slice(chunk.get(..count).unwrap_or_default()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Ok(()),
+                Err(error) => return Err(self.failed(command, &error.into())),
+            }
+        }
+    }
+
+    /// Takes the line whose end is at `end` of what was received.
+    fn take_line(&mut self, end: usize) -> Result<Value, QmpError> {
+        let rest = self.received.split_off(end + 1);
+        let line = std::mem::replace(&mut self.received, rest);
+        serde_json::from_slice(&line)
+            .map_err(|error| self.protocol(&format!("a line that is no JSON: {error}")))
+    }
+
     /// The next line, as JSON.
     fn receive(&mut self, command: &str, deadline: Instant) -> Result<Value, QmpError> {
         let mut searched = 0;
         loop {
             let unsearched = self.received.get(searched..).unwrap_or_default();
             if let Some(at) = memchr::memchr(b'\n', unsearched) {
-                let rest = self.received.split_off(searched + at + 1);
-                let line = std::mem::replace(&mut self.received, rest);
-                return serde_json::from_slice(&line)
-                    .map_err(|error| self.protocol(&format!("a line that is no JSON: {error}")));
+                return self.take_line(searched + at);
             }
             searched = self.received.len();
             if searched > MAX_LINE {
@@ -469,6 +523,14 @@ impl QmpClient {
     }
 }
 
+/// For whoever waits until [`QmpClient::receive_events`] has something to do,
+/// or keeps the connection open beyond this process's end.
+impl AsFd for QmpClient {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
 /// The rows of `info ramblock`: name, page size with unit, offset, used bytes,
 /// total bytes. The name, right-aligned, may hold spaces.
 fn parse_ram_blocks(text: &str) -> Vec<RamBlock> {
@@ -564,6 +626,27 @@ mod tests {
         assert!(!state.running);
         assert_eq!(state.status, "paused");
         assert_eq!(client.take_events(), ["STOP"]);
+    }
+
+    #[test]
+    fn events_come_without_a_command_and_so_does_the_end() {
+        let (_folder, mut client) = ready(&[
+            OK,
+            "{\"return\":{},\"id\":2}\n{\"event\":\"RESUME\"}\n{\"event\":\"SH",
+        ]);
+        client.receive_events().expect("nothing yet");
+        client.resume().expect("answered");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while client.receive_events().is_ok() && client.events.is_empty() {
+            assert!(Instant::now() < deadline, "no event");
+        }
+        assert_eq!(client.take_events(), ["RESUME"]);
+        client
+            .stream
+            .shutdown(std::net::Shutdown::Both)
+            .expect("an end");
+        let error = client.receive_events().expect_err("closed");
+        assert!(matches!(error, QmpError::Closed { .. }), "{error}");
     }
 
     #[test]
