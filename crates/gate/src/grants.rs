@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use secmon_channel::PublicKey;
 use serde::Deserialize;
 
 use crate::protocol::{Limits, Right};
@@ -49,7 +50,7 @@ pub struct Grant {
     /// Its name, for people and the log.
     pub name: String,
     /// Its public key.
-    pub key: [u8; 32],
+    pub key: PublicKey,
     /// Its rights; [`Right::Observe`] is always among them.
     pub rights: BTreeSet<Right>,
     /// Its limits.
@@ -191,12 +192,10 @@ impl Grants {
             let name_at = monitor.name.span().start;
             let name = monitor.name.into_inner();
             check_name(&name).map_err(|reason| value(name_at, reason))?;
-            let key = crate::hex::decode(monitor.key.get_ref().as_bytes())
-                .and_then(|key| <[u8; 32]>::try_from(key).ok())
-                .ok_or_else(|| {
-                    let reason = "a key is 64 hexadecimal digits".to_owned();
-                    value(monitor.key.span().start, reason)
-                })?;
+            let key: PublicKey = monitor.key.get_ref().parse().map_err(|_| {
+                let reason = "a key is 64 hexadecimal digits".to_owned();
+                value(monitor.key.span().start, reason)
+            })?;
             let same = |what| GrantError::Duplicate {
                 line: line(name_at),
                 name: name.clone(),
@@ -225,7 +224,7 @@ impl Grants {
     }
 
     /// The grant of the monitor with this key.
-    pub fn of(&self, key: &[u8; 32]) -> Option<&Grant> {
+    pub fn of(&self, key: &PublicKey) -> Option<&Grant> {
         self.monitors.iter().find(|grant| grant.key == *key)
     }
 }
@@ -252,7 +251,12 @@ fn check_name(name: &str) -> Result<(), String> {
 
 fn check_limits(limits: &Limits) -> Result<(), String> {
     let bounds = [
-        ("requests_per_second", limits.requests_per_second, 1, 100_000),
+        (
+            "requests_per_second",
+            limits.requests_per_second,
+            1,
+            100_000,
+        ),
         ("stops_per_second", limits.stops_per_second, 1, 10_000),
         (
             "lease_milliseconds",
@@ -266,7 +270,12 @@ fn check_limits(limits: &Limits) -> Result<(), String> {
             10,
             3_600_000,
         ),
-        ("silence_milliseconds", limits.silence_milliseconds, 100, 900),
+        (
+            "silence_milliseconds",
+            limits.silence_milliseconds,
+            100,
+            900,
+        ),
         ("breakpoints", limits.breakpoints, 1, 4096),
     ];
     for (name, value, least, most) in bounds {
@@ -285,7 +294,9 @@ mod tests {
     const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 
     fn file(monitor: &str) -> String {
-        format!("version = 1\ntarget = \"web1\"\n\n[[monitor]]\nname = \"a\"\nkey = \"{KEY}\"\n{monitor}")
+        format!(
+            "version = 1\ntarget = \"web1\"\n\n[[monitor]]\nname = \"a\"\nkey = \"{KEY}\"\n{monitor}"
+        )
     }
 
     #[test]
@@ -296,12 +307,14 @@ mod tests {
         assert_eq!(grant.rights, BTreeSet::from([Right::Observe]));
         assert_eq!(grant.limits, Limits::default());
         assert_eq!(grants.of(&grant.key), Some(grant));
-        assert_eq!(grants.of(&[9; 32]), None);
+        let other: PublicKey = KEY.replace('0', "9").parse().expect("a key");
+        assert_eq!(grants.of(&other), None);
     }
 
     #[test]
     fn rights_are_what_is_listed_and_no_more() {
-        let text = file("rights = [\"respond\", \"trace\"]\n[monitor.limits]\nstops_per_second = 3\n");
+        let text =
+            file("rights = [\"respond\", \"trace\"]\n[monitor.limits]\nstops_per_second = 3\n");
         let grants = Grants::parse(&text).expect("right");
         let grant = &grants.monitors[0];
         assert!(grant.allows(Right::Observe) && grant.allows(Right::Trace));
@@ -319,14 +332,20 @@ mod tests {
             (file("rights = [\"obey\"]\n"), "line 7"),
             (file("rights = \"pause\"\n"), "line 7"),
             (file("[monitor.limits]\nstops = 3\n"), "line 8"),
-            (file("[monitor.limits]\nlease_milliseconds = 900\n"), "line 4"),
+            (
+                file("[monitor.limits]\nlease_milliseconds = 900\n"),
+                "line 4",
+            ),
             (file(&second), "line 8"),
             (file("").replace("\"a\"", "\"a\\u001b[31m\""), "line 5"),
             (file("").replace("0001", "001"), "line 6"),
             ("version = 1\n".to_owned(), "target"),
             ("version = 2\nelse = 1\n".to_owned(), "line 1: version 2"),
             (String::new(), "version"),
-            ("version = 1\ntarget = \"x\"\nmonitors = []\n".to_owned(), "line 3"),
+            (
+                "version = 1\ntarget = \"x\"\nmonitors = []\n".to_owned(),
+                "line 3",
+            ),
         ];
         for (text, said) in cases {
             let error = Grants::parse(&text).expect_err(&text).to_string();

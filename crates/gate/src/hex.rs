@@ -14,7 +14,11 @@ pub fn encode(bytes: &[u8]) -> String {
 
 /// The bytes, if `digits` is an even number of digits of either case.
 pub fn decode(digits: &[u8]) -> Option<Vec<u8>> {
-    let nibble = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
+    let nibble = |digit: u8| {
+        char::from(digit)
+            .to_digit(16)
+            .and_then(|value| u8::try_from(value).ok())
+    };
     let (pairs, rest) = digits.as_chunks::<2>();
     if !rest.is_empty() {
         return None;

@@ -47,6 +47,7 @@ pub enum Owed {
 
 /// What the gate tells the keeper; the byte of its message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 enum Told {
     Qmp = b'q',
     Gdb = b'g',
@@ -150,16 +151,22 @@ pub fn run(socket: impl AsFd) -> ExitCode {
     let mut owed = Owed::Nothing;
     let mut heard = Instant::now();
     loop {
-        let left = (owed != Owed::Nothing)
-            .then(|| PATIENCE.saturating_sub(heard.elapsed()));
+        let left = (owed != Owed::Nothing).then(|| PATIENCE.saturating_sub(heard.elapsed()));
         if left.is_some_and(|left| left.is_zero()) {
             // The gate lives and hangs.
             held.rescue(owed);
             owed = Owed::Nothing;
             continue;
         }
-        if !wait(socket.as_fd(), left) {
-            continue;
+        match wait(socket.as_fd(), left) {
+            Ok(true) => {}
+            Ok(false) => continue,
+            Err(error) => {
+                // Deaf, it can only do what it would do for a gate that died.
+                eprintln!("secmon gate: the keeper: {error}");
+                held.rescue(owed);
+                return ExitCode::from(2);
+            }
         }
         match descriptors::receive(&socket, RecvFlags::DONTWAIT) {
             Ok(Some((byte, descriptor))) => {
@@ -179,9 +186,7 @@ pub fn run(socket: impl AsFd) -> ExitCode {
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Ok(None) | Err(_) => {
-                if owed != Owed::Nothing {
-                    held.rescue(owed);
-                }
+                held.rescue(owed);
                 return ExitCode::SUCCESS;
             }
         }
@@ -197,12 +202,13 @@ struct Held {
 
 impl Held {
     fn rescue(&self, owed: Owed) {
+        if owed == Owed::Nothing {
+            return;
+        }
         // Where only breakpoints are owed, the target may stand still for
         // another reason, which is not the gate's to end.
-        let paused_before = owed == Owed::Breakpoints
-            && self
-                .status()
-                .is_some_and(|status| status == "paused");
+        let paused_before =
+            owed == Owed::Breakpoints && self.status().is_some_and(|status| status == "paused");
         if let Some(gdb) = &self.gdb {
             detach(gdb);
         }
@@ -289,8 +295,10 @@ fn receive_some(socket: &OwnedFd, received: &mut Vec<u8>, deadline: Instant) -> 
         if left.is_zero() {
             return false;
         }
-        if !wait(socket.as_fd(), Some(left)) {
-            continue;
+        match wait(socket.as_fd(), Some(left)) {
+            Ok(true) => {}
+            Ok(false) => continue,
+            Err(_) => return false,
         }
         match rustix::net::recv(socket, &mut chunk, RecvFlags::DONTWAIT) {
             Ok((0, _)) => return false,
@@ -305,8 +313,12 @@ fn receive_some(socket: &OwnedFd, received: &mut Vec<u8>, deadline: Instant) -> 
 }
 
 /// Waits until something can be read, or for so long.
-fn wait(socket: BorrowedFd<'_>, left: Option<Duration>) -> bool {
+fn wait(socket: BorrowedFd<'_>, left: Option<Duration>) -> io::Result<bool> {
     let timeout = left.and_then(|left| Timespec::try_from(left).ok());
     let mut polled = [PollFd::new(&socket, PollFlags::IN)];
-    matches!(poll(&mut polled, timeout.as_ref()), Ok(count) if count > 0)
+    match poll(&mut polled, timeout.as_ref()) {
+        Ok(count) => Ok(count > 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }

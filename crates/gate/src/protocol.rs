@@ -7,15 +7,19 @@
 
 use std::fmt;
 
+use secmon_channel::Role;
 use serde::{Deserialize, Serialize};
 
 /// The version of this protocol; a change that an older peer would
-/// misunderstand raises it. Both ends put it into the channel's role, so that
-/// two versions never talk past each other.
+/// misunderstand raises it.
 pub const VERSION: u16 = 1;
 
-/// The channel's role between a monitor and a gate of this version.
-pub const ROLE: &str = "gate-1";
+/// The channel's role between a monitor and a gate: two versions refuse each
+/// other at the handshake.
+pub const ROLE: Role = Role {
+    name: "gate",
+    version: VERSION,
+};
 
 /// The most bytes one [`Request::ReadMemory`] may ask for.
 pub const MAX_READ: u32 = 1024;
@@ -24,9 +28,7 @@ pub const MAX_READ: u32 = 1024;
 pub const MAX_WRITE: usize = 1024;
 
 /// A right over a target that a grant can give.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Right {
     /// Memory, read-only (which needs no gate), and the target's state.
@@ -167,8 +169,12 @@ pub enum Request {
     Layout,
 
     /// Stop the target for this long at most; the gate's own limit shortens it.
-    /// Also extends a pause that this monitor holds.
     Pause {
+        /// The lease in milliseconds.
+        lease_milliseconds: u32,
+    },
+    /// Begin the lease of this monitor's stop anew, if it has not lost it.
+    Extend {
         /// The lease in milliseconds.
         lease_milliseconds: u32,
     },
@@ -263,10 +269,10 @@ impl Request {
     pub fn right(&self) -> Right {
         match self {
             Self::Heartbeat | Self::Status | Self::Layout => Right::Observe,
-            // Going on after a stop is part of every right to stop; that a
-            // monitor only ends what it holds itself is seen to elsewhere.
+            // These are part of every right to stop; that a monitor only has
+            // a say in what it holds itself is seen to elsewhere.
             Self::Pause { .. } => Right::Pause,
-            Self::Resume => Right::Observe,
+            Self::Extend { .. } | Self::Resume => Right::Observe,
             Self::Registers { .. }
             | Self::ReadMemory { .. }
             | Self::SetBreakpoint(_)
@@ -321,7 +327,7 @@ pub enum Answer {
     Status(Status),
     /// To [`Request::Layout`].
     Layout(Vec<RamRun>),
-    /// To [`Request::Pause`]: for how long, unless extended.
+    /// To [`Request::Pause`] and [`Request::Extend`]: for how long.
     Paused {
         /// The lease that was given.
         lease_milliseconds: u32,
@@ -458,9 +464,9 @@ pub enum Refusal {
         "no gdbstub: start the target with `-chardev socket,id=gdb,path=PATH,server=on,wait=off -gdb chardev:gdb` and the gate with `--gdb PATH`"
     )]
     NoGdb,
-    /// Another monitor traces the target.
-    #[error("another monitor traces this target")]
-    Busy,
+    /// Another monitor traces or holds the target, or a dump is being written.
+    #[error("{0}")]
+    Busy(String),
     /// It needs a target that this monitor has stopped.
     #[error("this monitor does not hold the target stopped")]
     NotHeld,
@@ -486,6 +492,8 @@ pub enum ReleaseReason {
     Silence,
     /// Extended leases added up to the longest stop allowed.
     LongestStop,
+    /// More stops at breakpoints than the grant allows.
+    TooManyStops,
     /// The gate's keeper died.
     KeeperLost,
     /// Somebody else let the target run.

@@ -11,6 +11,8 @@ pub fn block_usual() {
         Signal::SIGINT,
         Signal::SIGQUIT,
         Signal::SIGTERM,
+        // A log that reaches a limit of its size is a failed write.
+        Signal::SIGXFSZ,
     ] {
         signals.add(signal);
     }

@@ -37,7 +37,9 @@ pub fn encode(payload: &[u8]) -> Vec<u8> {
 }
 
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+    bytes
+        .iter()
+        .fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
 }
 
 /// Takes a stream of bytes apart.
@@ -144,7 +146,10 @@ mod tests {
 
     fn decode(bytes: &[u8]) -> Vec<Item> {
         let mut decoder = Decoder::default();
-        bytes.iter().filter_map(|byte| decoder.push(*byte)).collect()
+        bytes
+            .iter()
+            .filter_map(|byte| decoder.push(*byte))
+            .collect()
     }
 
     #[test]

@@ -77,7 +77,9 @@ fn every_kind_of_tampering_is_named() {
     assert_eq!(faults(&changed), [expected]);
 
     // Changed, and its own hash made to fit.
-    let end = changed[4].windows(9).position(|part| part == b",\"hash\":\"");
+    let end = changed[4]
+        .windows(9)
+        .position(|part| part == b",\"hash\":\"");
     changed[4].truncate(end.expect("a hash"));
     let hash = sha256(&changed[4]);
     changed[4].extend_from_slice(format!(",\"hash\":\"{hash}\"}}\n").as_bytes());

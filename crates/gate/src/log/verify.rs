@@ -70,7 +70,9 @@ pub enum Fault {
         sequence: u64,
     },
     /// The log ends before the record that was kept elsewhere.
-    #[error("the log ends with record {last}, but record {expected} was written: its end was cut off")]
+    #[error(
+        "the log ends with record {last}, but record {expected} was written: its end was cut off"
+    )]
     Truncated {
         /// The last record there is.
         last: u64,
@@ -167,7 +169,7 @@ pub fn verify(path: &Path, kept: Option<&LogHead>) -> io::Result<Report> {
     }
     files.reverse();
     for path in &files {
-        walk.file(path.clone(), &mut BufReader::new(File::open(path)?))?;
+        walk.file(path, &mut BufReader::new(File::open(path)?))?;
     }
     let mut report = walk.finish();
     report.files = files;
@@ -177,7 +179,7 @@ pub fn verify(path: &Path, kept: Option<&LogHead>) -> io::Result<Report> {
 /// Verifies one file alone.
 pub(super) fn verify_file(file: &mut File) -> io::Result<Report> {
     let mut walk = Walk::new(None);
-    walk.file(PathBuf::new(), &mut BufReader::new(file))?;
+    walk.file(Path::new(""), &mut BufReader::new(file))?;
     Ok(walk.finish())
 }
 
@@ -186,7 +188,7 @@ pub fn verify_text(text: &[u8], kept: Option<&LogHead>) -> Report {
     let mut walk = Walk::new(kept);
     let mut text = text;
     // Reading from memory does not fail.
-    let _ = walk.file(PathBuf::new(), &mut text);
+    let _ = walk.file(Path::new(""), &mut text);
     walk.finish()
 }
 
@@ -208,12 +210,12 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn file(&mut self, file: PathBuf, input: &mut impl BufRead) -> io::Result<()> {
+    fn file(&mut self, file: &Path, input: &mut impl BufRead) -> io::Result<()> {
         let mut line = Vec::new();
         for number in 1.. {
             line.clear();
             let place = Place {
-                file: file.clone(),
+                file: file.to_owned(),
                 line: number,
             };
             let whole = read_line(input, &mut line)?;

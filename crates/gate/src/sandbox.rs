@@ -1,0 +1,269 @@
+//! What is left to the gate's processes once they run.
+//!
+//! All of them run as an unprivileged user and can't gain rights by running a
+//! program (`no_new_privs`). The gate itself, which listens to monitors, and
+//! its keeper are confined further: files by landlock, system calls by
+//! seccomp. The supervisor, which starts them again when they die, listens to
+//! nobody but the kernel.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+};
+use nix::unistd::{Uid, User, initgroups, setgid, setgroups, setuid};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// Why a process could not be confined.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// It runs as root and nobody said as whom it should.
+    #[error("a gate does not run as root: name an unprivileged user with --user")]
+    Root,
+    /// There is no such user.
+    #[error("there is no user {0:?} on this machine")]
+    NoUser(String),
+    /// It can't become that user.
+    #[error("becoming user {user:?}: {source}")]
+    User {
+        /// The user.
+        user: String,
+        /// The host's reason.
+        source: io::Error,
+    },
+    /// Landlock failed or is missing.
+    #[error("confining files by landlock: {0}")]
+    Landlock(String),
+    /// Seccomp failed or is missing.
+    #[error("confining system calls by seccomp: {0}")]
+    Seccomp(String),
+}
+
+/// Becomes an unprivileged user, if this process is root. With that all
+/// capabilities are gone, and no program that is run brings them back.
+///
+/// # Errors
+/// [`SandboxError`].
+pub fn drop_rights(user: Option<&str>) -> Result<(), SandboxError> {
+    if Uid::effective().is_root() {
+        let name = user.ok_or(SandboxError::Root)?;
+        let failed = |error: nix::Error| SandboxError::User {
+            user: name.to_owned(),
+            source: error.into(),
+        };
+        let account = User::from_name(name)
+            .map_err(failed)?
+            .ok_or_else(|| SandboxError::NoUser(name.to_owned()))?;
+        if !account.uid.is_root() {
+            setgroups(&[]).map_err(failed)?;
+            // The groups that its administrator gave it, for QEMU's sockets.
+            let c_name =
+                std::ffi::CString::new(name).map_err(|_| SandboxError::NoUser(name.to_owned()))?;
+            initgroups(&c_name, account.gid).map_err(failed)?;
+            setgid(account.gid).map_err(failed)?;
+            setuid(account.uid).map_err(failed)?;
+        }
+    }
+    rustix::thread::set_no_new_privs(true)
+        .map_err(|error| SandboxError::Seccomp(io::Error::from(error).to_string()))
+}
+
+/// The system calls of the gate, whatever their arguments.
+pub const GATE: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_connect,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_flock,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_lseek,
+    libc::SYS_madvise,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_openat,
+    libc::SYS_ppoll,
+    libc::SYS_prctl,
+    libc::SYS_read,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_rename,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_set_robust_list,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_sigaltstack,
+    libc::SYS_statx,
+    libc::SYS_unlink,
+    libc::SYS_write,
+];
+
+/// System calls of the gate that are allowed for some arguments only:
+/// `mmap` and `mprotect` (nothing executable), `clone` (threads, no
+/// processes), `socket` (UNIX sockets), `ioctl` (`FIONBIO`), `tgkill` (its own
+/// process).
+pub const GATE_CONDITIONAL: usize = 6;
+
+/// The system calls of the keeper.
+pub const KEEPER: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sendto,
+    libc::SYS_sigaltstack,
+    libc::SYS_write,
+];
+
+/// System calls of the keeper that are allowed for some arguments only:
+/// `mmap` (nothing executable).
+pub const KEEPER_CONDITIONAL: usize = 1;
+
+/// Confines the gate: it may make and rename files in `folders` and nowhere
+/// else, and open none but those.
+///
+/// # Errors
+/// [`SandboxError`]; a gate that is not confined does not serve.
+pub fn confine_gate(folders: &[PathBuf]) -> Result<(), SandboxError> {
+    restrict_files(folders)?;
+    let mut rules = conditional().map_err(seccomp)?;
+    let rule = |argument, operator, value| one_rule(argument, operator, value).map_err(seccomp);
+    let thread = libc::CLONE_THREAD as u64;
+    // `clone3` has its flags in memory, where no filter sees them: it does not
+    // exist, and libc turns to `clone`.
+    rules.insert(
+        libc::SYS_clone,
+        vec![rule(0, SeccompCmpOp::MaskedEq(thread), thread)?],
+    );
+    let unix = libc::AF_UNIX as u64;
+    rules.insert(libc::SYS_socket, vec![rule(0, SeccompCmpOp::Eq, unix)?]);
+    let nonblocking = libc::FIONBIO;
+    rules.insert(
+        libc::SYS_ioctl,
+        vec![rule(1, SeccompCmpOp::Eq, nonblocking)?],
+    );
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Eq, own)?]);
+    debug_assert_eq!(rules.len(), GATE_CONDITIONAL);
+    restrict_system_calls(GATE, rules)
+}
+
+/// Confines the keeper: no files, and the sockets that it is given.
+///
+/// # Errors
+/// [`SandboxError`].
+pub fn confine_keeper() -> Result<(), SandboxError> {
+    restrict_files(&[])?;
+    let mut rules = conditional().map_err(seccomp)?;
+    rules.remove(&libc::SYS_mprotect);
+    debug_assert_eq!(rules.len(), KEEPER_CONDITIONAL);
+    restrict_system_calls(KEEPER, rules)
+}
+
+fn restrict_files(folders: &[PathBuf]) -> Result<(), SandboxError> {
+    // The newest set of rights that this program knows; an older kernel
+    // handles those it knows itself.
+    let abi = ABI::V6;
+    let text = |error: landlock::RulesetError| SandboxError::Landlock(error.to_string());
+    let mut ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(abi))
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(abi)))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(abi)))
+        .and_then(Ruleset::create)
+        .map_err(text)?;
+    let files = AccessFs::ReadFile
+        | AccessFs::WriteFile
+        | AccessFs::Truncate
+        | AccessFs::MakeReg
+        | AccessFs::RemoveFile;
+    for folder in folders {
+        let opened = open_folder(folder)?;
+        ruleset = ruleset
+            .add_rule(PathBeneath::new(opened, files))
+            .map_err(text)?;
+    }
+    let status = ruleset.restrict_self().map_err(text)?;
+    match status.ruleset {
+        RulesetStatus::NotEnforced => Err(SandboxError::Landlock(
+            "this kernel has no landlock (Linux 5.13 and later, `lsm=…,landlock`)".to_owned(),
+        )),
+        RulesetStatus::PartiallyEnforced | RulesetStatus::FullyEnforced => Ok(()),
+    }
+}
+
+fn open_folder(folder: &Path) -> Result<PathFd, SandboxError> {
+    PathFd::new(folder).map_err(|error| SandboxError::Landlock(error.to_string()))
+}
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn one_rule(
+    argument: u8,
+    operator: SeccompCmpOp,
+    value: u64,
+) -> Result<SeccompRule, seccompiler::BackendError> {
+    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
+    SeccompRule::new(vec![condition])
+}
+
+/// Memory that is not executable.
+fn conditional() -> Result<Rules, seccompiler::BackendError> {
+    let executable = libc::PROT_EXEC as u64;
+    let mut rules = BTreeMap::new();
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        let rule = one_rule(2, SeccompCmpOp::MaskedEq(executable), 0)?;
+        rules.insert(call, vec![rule]);
+    }
+    Ok(rules)
+}
+
+fn restrict_system_calls(calls: &[libc::c_long], mut rules: Rules) -> Result<(), SandboxError> {
+    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(seccomp)?;
+    rules.extend(calls.iter().map(|call| (*call, Vec::new())));
+    // "No such system call" is the one refusal that libraries know how to
+    // take.
+    let refuse = SeccompAction::Errno(libc::ENOSYS as u32);
+    let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch).map_err(seccomp)?;
+    let program = BpfProgram::try_from(filter).map_err(seccomp)?;
+    seccompiler::apply_filter(&program).map_err(seccomp)
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
+fn seccomp(error: impl std::fmt::Display) -> SandboxError {
+    SandboxError::Seccomp(error.to_string())
+}
