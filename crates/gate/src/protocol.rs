@@ -3,7 +3,7 @@
 //!
 //! The types travel over an authenticated channel (crate `secmon-channel`).
 //! They name operations, never bytes for QEMU: what is sent to QEMU for a
-//! request is decided in [`crate::command`] and [`crate::gdb`].
+//! request is decided in the module `target` (QMP) and in [`crate::gdb`].
 
 use std::fmt;
 

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use secmon_platform::layout::RamLayout;
-use secmon_platform::qemu::{QmpClient, QmpError, RunState};
+use secmon_platform::qemu::{QemuDescriptor, QmpClient, QmpError, RunState};
 use serde_json::{Value, json};
 
 use crate::gdb::{GdbClient, GdbError, StopReply};
@@ -95,6 +95,8 @@ struct Link {
     version: String,
     memory_bytes: u64,
     vcpus: Vec<u32>,
+    /// The file of a dump that is being written.
+    dump: Option<QemuDescriptor>,
 }
 
 #[derive(Debug)]
@@ -272,6 +274,7 @@ impl Target {
             version,
             memory_bytes: base.saturating_add(plugged),
             vcpus,
+            dump: None,
         });
         self.stopped = runs;
         self.at = None;
@@ -641,15 +644,25 @@ impl Target {
     /// Begins a dump into an open file. QEMU stops the target for it and lets
     /// it run again itself, whatever becomes of the gate.
     pub(crate) fn begin_dump(&mut self, file: BorrowedFd<'_>) -> Result<()> {
-        const NAME: &str = "secmon-gate-dump";
-        let qmp = &mut self.link()?.qmp;
-        qmp.execute_with_descriptor("getfd", &json!({"fdname": NAME}), file)?;
-        let arguments = json!({"paging": false, "protocol": format!("fd:{NAME}"), "detach": true});
-        let begun = qmp.execute("dump-guest-memory", &arguments);
+        let link = self.link()?;
+        let descriptor = link.qmp.add_descriptor(file)?;
+        let protocol = format!("file:/dev/fdset/{}", descriptor.set);
+        let arguments = json!({"paging": false, "protocol": protocol, "detach": true});
+        link.dump = Some(descriptor);
+        let begun = link.qmp.execute("dump-guest-memory", &arguments);
         if begun.is_err() {
-            let _ = qmp.execute("closefd", &json!({"fdname": NAME}));
+            self.end_dump()?;
         }
         begun?;
+        Ok(())
+    }
+
+    /// Takes the file back from QEMU.
+    fn end_dump(&mut self) -> Result<()> {
+        let link = self.link()?;
+        if let Some(descriptor) = link.dump.take() {
+            link.qmp.remove_descriptor(descriptor)?;
+        }
         Ok(())
     }
 
@@ -657,10 +670,12 @@ impl Target {
     pub(crate) fn dump_end(&mut self) -> Result<Option<Result<(), String>>> {
         let state = self.link()?.qmp.execute("query-dump", &json!({}))?;
         let status = state.get("status").and_then(Value::as_str);
-        Ok(match status.unwrap_or_default() {
-            "active" => None,
-            "completed" => Some(Ok(())),
-            other => Some(Err(format!("the dump ended as {other:?}"))),
-        })
+        let end = match status.unwrap_or_default() {
+            "active" => return Ok(None),
+            "completed" => Ok(()),
+            other => Err(format!("the dump ended as {other:?}")),
+        };
+        self.end_dump()?;
+        Ok(Some(end))
     }
 }

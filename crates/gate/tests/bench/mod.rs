@@ -443,6 +443,10 @@ fn connect(socket: &Path, own: &KeyPair, gate: &PublicKey) -> Monitor {
 }
 
 impl Monitor {
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "requests are made where they are asked"
+    )]
     pub fn ask(&mut self, request: Request) -> Result<Answer, Refusal> {
         match self.0.ask(request.clone(), PATIENCE) {
             Ok(answer) => Ok(answer),
@@ -451,6 +455,10 @@ impl Monitor {
         }
     }
 
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "requests are made where they are asked"
+    )]
     pub fn done(&mut self, request: Request) {
         let answer = self.ask(request.clone());
         assert_eq!(answer, Ok(Answer::Done), "{request:?}");
