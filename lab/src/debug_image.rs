@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::archive::Archive;
+
 use crate::cache;
 use crate::suite::Suite;
 

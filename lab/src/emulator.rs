@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::archive::Archive;
+use secmon_monitor::appliance::archive::Archive;
+
 use crate::cache;
 
 /// Goes up when what is kept of the packages changes.

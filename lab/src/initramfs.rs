@@ -2,14 +2,13 @@
 //! files that say what to do with them.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use cpio::newc;
+use secmon_monitor::appliance::archive::Archive;
+use secmon_monitor::appliance::{Entry, Initramfs};
 use secmon_truth::Workload;
 
-use crate::archive::Archive;
 use crate::kernel::Kernel;
 use crate::suite::Suite;
 use crate::{agent, cache};
@@ -65,22 +64,17 @@ const PARAMETERS: &[(&str, &str)] = &[
 /// It isn't compressed: unpacking under emulation costs more than reading a
 /// few more MiB from a file that is in the page cache.
 pub fn write(to: &Path, kernel: &Kernel, workload: &Workload) -> Result<()> {
-    let mut archive = Archived {
-        bytes: Vec::with_capacity(8 << 20),
-        inode: 1,
-    };
+    let mut archive = Initramfs::new();
     for folder in ["bin", "etc", "lib", "lib/modules", "dev", "proc", "sys"] {
-        archive.add(folder, 0o040_755, &[], None)?;
+        archive.add(folder, Entry::Folder)?;
     }
     // The console is opened before anything is mounted.
-    archive.add("dev/console", 0o020_600, &[], Some((5, 1)))?;
-    archive.add("init", 0o100_755, &fs::read(agent::program()?)?, None)?;
-    archive.add("bin/busybox", 0o100_755, &fs::read(busybox()?)?, None)?;
+    archive.add("dev/console", Entry::CharacterDevice(5, 1))?;
+    archive.add("init", Entry::Program(&fs::read(agent::program()?)?))?;
+    archive.add("bin/busybox", Entry::Program(&fs::read(busybox()?)?))?;
     archive.add(
         "etc/workload.json",
-        0o100_644,
-        &serde_json::to_vec(workload)?,
-        None,
+        Entry::File(&serde_json::to_vec(workload)?),
     )?;
     let mut lines = String::new();
     for (set, names, wanted) in [
@@ -105,45 +99,12 @@ pub fn write(to: &Path, kernel: &Kernel, workload: &Workload) -> Result<()> {
                 .find(|(name, _)| *name == module.name)
                 .map_or("", |(_, parameters)| parameters);
             lines.push_str(&format!("{line} {parameters}\n"));
-            archive.add(
-                &format!("lib/modules/{file}"),
-                0o100_644,
-                &module.object,
-                None,
-            )?;
+            archive.add(&format!("lib/modules/{file}"), Entry::File(&module.object))?;
         }
     }
-    archive.add("etc/modules", 0o100_644, lines.as_bytes(), None)?;
-    let bytes = newc::trailer(archive.bytes)?;
+    archive.add("etc/modules", Entry::File(lines.as_bytes()))?;
+    let bytes = archive.finish()?;
     fs::write(to, bytes).with_context(|| format!("cannot write {}", to.display()))
-}
-
-struct Archived {
-    bytes: Vec<u8>,
-    inode: u32,
-}
-
-impl Archived {
-    fn add(
-        &mut self,
-        name: &str,
-        mode: u32,
-        content: &[u8],
-        device: Option<(u32, u32)>,
-    ) -> Result<()> {
-        let (major, minor) = device.unwrap_or((0, 0));
-        let builder = newc::Builder::new(name)
-            .ino(self.inode)
-            .nlink(1)
-            .mode(mode)
-            .rdev_major(major)
-            .rdev_minor(minor);
-        self.inode += 1;
-        let mut writer = builder.write(&mut self.bytes, u32::try_from(content.len())?);
-        writer.write_all(content)?;
-        writer.finish()?;
-        Ok(())
-    }
 }
 
 /// The static busybox, from the archive like the kernels, so that a lab

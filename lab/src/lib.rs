@@ -22,7 +22,6 @@
 
 mod acceleration;
 mod agent;
-mod archive;
 mod builder;
 mod cache;
 mod debug_image;

@@ -4,6 +4,7 @@
 //! seconds on a machine that has nothing yet.
 #![forbid(unsafe_code)]
 
+mod appliance;
 mod check;
 mod demo;
 mod docs;
@@ -40,6 +41,15 @@ enum Task {
     Bench,
     /// Compare with volatility3, drgn and memflow on one image, and write docs/peers.md
     Peers,
+    /// Build the static program of the monitoring VM and, with it, the VM's image
+    Appliance {
+        /// The folder to write the image to
+        #[arg(long, default_value = "target/appliance/image")]
+        output: std::path::PathBuf,
+        /// More for `secmon monitor build`, such as --kernel FILE --modules DIR
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Write the documents that are generated from the code
     Docs {
         /// Only say whether they are up to date
@@ -55,6 +65,7 @@ fn main() -> Result<()> {
         Task::Fuzz { seconds, target } => fuzz::run_targets(seconds, target.as_deref()),
         Task::Bench => check::bench(),
         Task::Peers => peers::compare(),
+        Task::Appliance { output, arguments } => appliance::build(&output, &arguments),
         Task::Docs { check } => docs::run(check),
     }
 }

@@ -20,7 +20,6 @@ mod monitor;
 mod output;
 mod query;
 mod report;
-mod sandbox;
 mod session;
 mod targets;
 
@@ -44,6 +43,10 @@ use session::Session;
 const ERROR: u8 = 2;
 
 fn main() -> ExitCode {
+    // Process 1 of a monitoring VM is this same program.
+    if let Some(code) = secmon_monitor::inside::run_if_inside() {
+        return code;
+    }
     let mut arguments = std::env::args_os().skip(1);
     let first = arguments.next().unwrap_or_default();
     if first == command::RESUME_WATCH {

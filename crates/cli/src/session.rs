@@ -23,7 +23,7 @@ use crate::command::RESUME_WATCH;
 use crate::inspect::Place;
 use crate::location::Location;
 use crate::report::{Advise, Reporter};
-use crate::sandbox::{self, Needs, Stage};
+use secmon_sandbox::{Needs, Stage};
 
 /// What to do where no target was named.
 const NO_TARGET: &str = "name one with -t or SECMON_TARGET, for example -t file:memory.raw \
@@ -298,7 +298,7 @@ impl<'a> Session<'a> {
             return;
         }
         let started = Instant::now();
-        for weakness in sandbox::confine(stage, needs) {
+        for weakness in secmon_sandbox::confine(stage, needs) {
             self.reporter.note(weakness);
         }
         let elapsed = started.elapsed();

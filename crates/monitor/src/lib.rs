@@ -6,5 +6,7 @@
 //! to a target is known by `secmon-gate`.
 #![forbid(unsafe_code)]
 
+pub mod appliance;
+pub mod inside;
 pub mod launch;
 pub mod protocol;

@@ -8,6 +8,14 @@ use secmon_monitor::launch::MonitorName;
 /// What is done with a monitor.
 #[derive(Clone, Debug, Subcommand)]
 pub enum MonitorCommand {
+    /// Build the image of the monitoring VM: a Linux kernel and secmon, nothing else
+    ///
+    /// Without --kernel or --kernel-package the kernel is the cloud flavour of
+    /// Debian's stable release, from the archive that apt uses here. The same
+    /// kernel and program give the same image; its digest is printed, and its
+    /// bill of materials lies beside it.
+    Build(BuildArguments),
+
     /// Start a monitoring VM beside one or more targets
     ///
     /// The targets' RAM must be shared memory; where it isn't, the lines to add
@@ -38,6 +46,30 @@ pub enum MonitorCommand {
         /// The monitor; may be left out if there is one only
         name: Option<MonitorName>,
     },
+}
+
+/// Arguments of `secmon monitor build`.
+#[derive(Args, Clone, Debug)]
+pub struct BuildArguments {
+    /// The folder to write the image to
+    #[arg(short, long, value_name = "DIR", default_value = "secmon-appliance")]
+    pub output: PathBuf,
+
+    /// Use this kernel image
+    #[arg(long, value_name = "FILE", requires = "modules")]
+    pub kernel: Option<PathBuf>,
+
+    /// The folder of its modules, /lib/modules/RELEASE
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    pub modules: Option<PathBuf>,
+
+    /// Use the kernel in this Debian package
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    pub kernel_package: Option<PathBuf>,
+
+    /// The static program to put in; without it this program, if it is static
+    #[arg(long, value_name = "FILE")]
+    pub binary: Option<PathBuf>,
 }
 
 /// Arguments of `secmon monitor up`.

@@ -2,6 +2,7 @@
 
 pub mod arguments;
 mod attach;
+mod build;
 pub mod remote;
 mod status;
 
@@ -77,6 +78,7 @@ pub fn hidden(command: &OsStr, arguments: &mut impl Iterator<Item = OsString>) -
 /// `secmon monitor …`.
 pub fn run(command: &MonitorCommand, common: &Common, reporter: Reporter) -> Result<()> {
     match command {
+        MonitorCommand::Build(arguments) => build::build(arguments),
         MonitorCommand::Up(arguments) => up(arguments, common.format, reporter),
         MonitorCommand::Status { name } => status::status(name.as_ref(), common, reporter),
         MonitorCommand::Attach { name } => {

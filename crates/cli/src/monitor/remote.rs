@@ -28,7 +28,7 @@ use crate::listing::{self, column};
 use crate::location::Location;
 use crate::query::Query;
 use crate::report::{Advise, Reporter};
-use crate::sandbox::{self, Needs, Stage};
+use secmon_sandbox::{Needs, Stage};
 
 /// How long a monitor may take until it answers: it may be booting.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -104,7 +104,7 @@ pub fn confine(common: &Common, reporter: Reporter) {
         return;
     }
     for stage in [Stage::Opening, Stage::Reading] {
-        for weakness in sandbox::confine(stage, &Needs::default()) {
+        for weakness in secmon_sandbox::confine(stage, &Needs::default()) {
             reporter.note(weakness);
         }
     }

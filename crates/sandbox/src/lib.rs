@@ -16,6 +16,7 @@
 //! Landlock would also keep the process from reading another process's memory
 //! (`process_vm_readv` asks for the right to trace it, which a landlocked
 //! process has over none that isn't), so it is left out when the target is one.
+#![deny(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -278,7 +279,7 @@ mod tests {
     /// needs as it can't be left again.
     fn in_child(test: &str, folder: &std::path::Path) {
         let child = Command::new(std::env::current_exe().expect("this test"))
-            .args(["--exact", &format!("sandbox::tests::{test}"), "--nocapture"])
+            .args(["--exact", &format!("tests::{test}"), "--nocapture"])
             .env(MARK, folder)
             .output()
             .expect("it runs again");

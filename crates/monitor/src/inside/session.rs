@@ -1,0 +1,284 @@
+//! Serves one client after another.
+
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use secmon_channel::{ChannelError, Peer, Session, Stream, Writer};
+
+use super::answer::{self, Sink};
+use super::credit::{Permit, Requests};
+use super::worker::Shared;
+use super::{log, place};
+use crate::protocol::{
+    End, FindingKind, Query, READ_LIMIT, REPLY_LIMIT, REQUEST_LIMIT, ROLE, Refusal, Reply, Request,
+    Severity, StatusReport,
+};
+
+/// How long a client may take to read what is sent.
+const SEND: Duration = Duration::from_secs(30);
+/// How often the reader looks whether the session is over.
+const LOOK: Duration = Duration::from_millis(500);
+/// Between two heartbeats.
+const BEAT: Duration = Duration::from_secs(1);
+/// How long to wait for a host that is not connected.
+const NOBODY: Duration = Duration::from_millis(50);
+/// Findings that are sent at once.
+const FINDINGS: usize = 64;
+/// Refusals of strangers are told at most so often.
+const REFUSALS: Duration = Duration::from_secs(10);
+
+/// Accepts clients on the port, one after another, for ever.
+pub(super) fn serve(shared: &Arc<Shared>, stream: &Arc<dyn Stream>) -> ! {
+    let mut told: Option<Instant> = None;
+    let mut untold: u64 = 0;
+    loop {
+        shared.serving.beat();
+        let deadline = Instant::now().checked_add(LOOK);
+        let (keys, peers) = (&shared.keys, &shared.clients);
+        match Session::accept(stream, keys, peers, ROLE, deadline) {
+            Ok((session, peer)) => converse(shared, session, &peer),
+            Err(error) if error.is_deadline() => {}
+            Err(ChannelError::Ended { .. } | ChannelError::Stream { .. }) => thread::sleep(NOBODY),
+            Err(error) => {
+                untold = untold.saturating_add(1);
+                if told.is_none_or(|last| last.elapsed() >= REFUSALS) {
+                    let text =
+                        format!("{untold} refused since this was last told; the last: {error}");
+                    shared.tell(None, Severity::Warning, FindingKind::ClientRefused, &text);
+                    told = Some(Instant::now());
+                    untold = 0;
+                }
+                thread::sleep(NOBODY);
+            }
+        }
+    }
+}
+
+/// What the threads of a session share.
+struct Conversation {
+    shared: Arc<Shared>,
+    writer: Mutex<Writer>,
+    requests: Requests,
+    client: String,
+}
+
+impl Conversation {
+    /// Sends a message; a client that does not take it ends the session.
+    fn send(&self, reply: &Reply) -> ControlFlow<()> {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.requests.is_over() {
+            return ControlFlow::Break(());
+        }
+        match writer.send(reply, Instant::now().checked_add(SEND)) {
+            Ok(()) => ControlFlow::Continue(()),
+            // One that is too large is the request's matter.
+            Err(ChannelError::TooLong { .. } | ChannelError::Encode { .. }) => {
+                ControlFlow::Break(())
+            }
+            Err(error) => {
+                log(format_args!("client {}: {error}", self.client));
+                self.requests.stop();
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    fn refuse(&self, id: u32, refusal: Refusal) {
+        let _ = self.send(&Reply::Refused { id, refusal });
+    }
+}
+
+/// The way of one request's answer.
+struct Answering<'a> {
+    conversation: &'a Conversation,
+    id: u32,
+}
+
+impl Sink for Answering<'_> {
+    fn permit(&self) -> Permit {
+        self.conversation.requests.take(self.id)
+    }
+
+    fn send(&self, reply: &Reply) -> ControlFlow<()> {
+        self.conversation.send(reply)
+    }
+}
+
+/// Serves a client until it goes.
+fn converse(shared: &Arc<Shared>, session: Session, peer: &Peer) {
+    log(format_args!("client {} came", peer.name));
+    let (mut reader, writer) = session.with_limits(REQUEST_LIMIT, REPLY_LIMIT).split();
+    let conversation = Arc::new(Conversation {
+        shared: Arc::clone(shared),
+        writer: Mutex::new(writer),
+        requests: Requests::default(),
+        client: peer.name.clone(),
+    });
+    let mut threads = vec![start("notices", &conversation, |conversation| {
+        notices(&conversation);
+    })];
+    while !conversation.requests.is_over() {
+        shared.serving.beat();
+        threads.retain(|thread| !thread.as_ref().is_some_and(JoinHandle::is_finished));
+        match reader.receive::<Request>(Instant::now().checked_add(LOOK)) {
+            Ok(request) => threads.extend(handle(&conversation, request)),
+            Err(error) if error.is_deadline() => {}
+            Err(error) => {
+                log(format_args!("client {} went: {error}", peer.name));
+                break;
+            }
+        }
+    }
+    conversation.requests.stop();
+    for thread in threads.into_iter().flatten() {
+        shared.serving.beat();
+        let _ = thread.join();
+    }
+}
+
+fn start(
+    name: &str,
+    conversation: &Arc<Conversation>,
+    work: impl FnOnce(Arc<Conversation>) + Send + 'static,
+) -> Option<JoinHandle<()>> {
+    let conversation = Arc::clone(conversation);
+    let thread = thread::Builder::new().name(name.to_owned());
+    match thread.spawn(move || work(conversation)) {
+        Ok(thread) => Some(thread),
+        Err(error) => {
+            log(format_args!("no thread for {name}: {error}"));
+            None
+        }
+    }
+}
+
+/// Sends heartbeats and findings until the session is over.
+fn notices(conversation: &Conversation) {
+    let shared = &conversation.shared;
+    let mut sent = 0;
+    while !conversation.requests.is_over() {
+        let heartbeat = shared.heartbeat(conversation.requests.running());
+        if conversation.send(&Reply::Heartbeat(heartbeat)).is_break() {
+            return;
+        }
+        let next = Instant::now().checked_add(BEAT);
+        loop {
+            for finding in shared.findings_after(sent, FINDINGS) {
+                sent = finding.sequence;
+                if conversation.send(&Reply::Finding(finding)).is_break() {
+                    return;
+                }
+            }
+            if !shared.wait_for_findings(sent, next) || conversation.requests.is_over() {
+                break;
+            }
+        }
+    }
+}
+
+/// Answers a request, or starts a thread that does.
+fn handle(conversation: &Arc<Conversation>, request: Request) -> Option<Option<JoinHandle<()>>> {
+    let shared = &conversation.shared;
+    match request {
+        Request::Credit { id, messages } => conversation.requests.give(id, messages),
+        Request::Cancel { id } => conversation.requests.cancel(id),
+        Request::Acknowledge { through } => shared.acknowledge(through),
+        Request::Targets { id } => {
+            let targets = shared.targets.iter().map(|target| target.report());
+            let targets = targets.collect();
+            let _ = conversation.send(&Reply::Targets { id, targets });
+        }
+        Request::Tables { id } => {
+            let tables = answer::tables();
+            let _ = conversation.send(&Reply::Tables { id, tables });
+        }
+        Request::Status { id } => {
+            let status = StatusReport {
+                name: shared.name.clone(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                kernel: shared.release.clone(),
+                client: conversation.client.clone(),
+                heartbeat: shared.heartbeat(conversation.requests.running()),
+                weaknesses: shared.weaknesses.clone(),
+            };
+            let _ = conversation.send(&Reply::Status { id, status });
+        }
+        Request::Query { id, query } => {
+            return run(conversation, id, query.credit, move |conversation| {
+                answer_query(conversation, id, &query)
+            });
+        }
+        Request::Read {
+            id,
+            target,
+            place,
+            length,
+            credit,
+        } => {
+            return run(conversation, id, credit, move |conversation| {
+                if length > READ_LIMIT {
+                    return Err(Refusal::TooMuch {
+                        what: format!("{length} bytes, at most {READ_LIMIT}"),
+                    });
+                }
+                let guest = conversation.shared.guest(&target)?;
+                let found = place::find(&guest, &place)?;
+                Ok(answer::bytes(
+                    id,
+                    &found,
+                    length,
+                    &Answering { conversation, id },
+                ))
+            });
+        }
+        Request::Translate { id, target, places } => {
+            return run(conversation, id, 0, move |conversation| {
+                let guest = conversation.shared.guest(&target)?;
+                answer::walks(id, &guest, &places, &Answering { conversation, id })
+            });
+        }
+    }
+    None
+}
+
+fn answer_query(conversation: &Conversation, id: u32, query: &Query) -> Result<End, Refusal> {
+    let checked = answer::check(query)?;
+    let guest = conversation.shared.guest(&query.target)?;
+    Ok(answer::rows(
+        id,
+        &checked,
+        &guest,
+        &Answering { conversation, id },
+    ))
+}
+
+/// Runs a request on a thread of its own, if there is room for it.
+fn run(
+    conversation: &Arc<Conversation>,
+    id: u32,
+    credit: u32,
+    work: impl FnOnce(&Conversation) -> Result<End, Refusal> + Send + 'static,
+) -> Option<Option<JoinHandle<()>>> {
+    let limit = conversation.shared.limits.requests;
+    if let Err(running) = conversation.requests.begin(id, credit, limit) {
+        conversation.refuse(id, Refusal::Busy { running });
+        return None;
+    }
+    let thread = start("request", conversation, move |conversation| {
+        let outcome = work(&conversation);
+        // The number may be used again as soon as the client hears the end.
+        conversation.requests.end(id);
+        match outcome {
+            Ok(end) => drop(conversation.send(&Reply::End { id, end })),
+            Err(refusal) => conversation.refuse(id, refusal),
+        }
+    });
+    if thread.is_none() {
+        conversation.requests.end(id);
+        let running = conversation.requests.running();
+        conversation.refuse(id, Refusal::Busy { running });
+    }
+    Some(thread)
+}

@@ -1,0 +1,502 @@
+//! Follows what one target does, by looking at its memory now and then: not
+//! started, a kernel, the same kernel, another boot of one, standing still,
+//! gone.
+//!
+//! A machine's reset leaves its memory as it was: an old kernel's pages may
+//! stay readable for long. What tells that they are dead is that their clock
+//! stands still, so that then the kernel is looked for anew.
+
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use secmon_guest::{Guest, member_of};
+use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
+use secmon_profile::{Cache, FindError, FindOptions, Kernel};
+
+use super::TRUST_LEVEL;
+use super::health::Pulse;
+use crate::protocol::{FindingKind, Severity, TargetReport, TargetState};
+
+/// A clock that stands still for this long makes the kernel be looked for
+/// anew: an idle kernel's moves at least every few seconds.
+const SUSPECT: Duration = Duration::from_secs(3);
+/// A clock that stands still for this long makes the target a stopped one.
+const STOPPED: Duration = Duration::from_secs(15);
+/// The longest pause between two searches where there is no kernel: each may
+/// look at all of memory.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How much of memory is looked at from its start to see whether it is empty.
+const LOW: u64 = 1 << 20;
+/// And then one page of each so many bytes.
+const STRIDE: u64 = 4 << 20;
+/// The most pages of those.
+const MAX_SAMPLES: usize = 4096;
+
+/// What is watched.
+pub(super) struct Target {
+    /// Its name.
+    pub(super) name: String,
+    /// Where its memory's device is.
+    pub(super) pci: Option<String>,
+    /// Its memory, or why there is none.
+    pub(super) memory: Result<Arc<dyn PhysicalMemory>, String>,
+    /// That its watcher goes on.
+    pub(super) pulse: Pulse,
+    view: RwLock<View>,
+}
+
+/// What is known of it now.
+struct View {
+    state: TargetState,
+    kernel: Option<Arc<Kernel>>,
+    boots: u64,
+}
+
+/// What is to be told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Told {
+    pub(super) severity: Severity,
+    pub(super) kind: FindingKind,
+    pub(super) text: String,
+}
+
+impl Target {
+    pub(super) fn new(
+        name: String,
+        pci: Option<String>,
+        memory: Result<Arc<dyn PhysicalMemory>, String>,
+    ) -> Self {
+        let state = match &memory {
+            Ok(_) => TargetState::NoKernel {
+                reason: "it has not been looked at yet".to_owned(),
+            },
+            Err(reason) => TargetState::Unreachable {
+                reason: reason.clone(),
+            },
+        };
+        Self {
+            name,
+            pci,
+            memory,
+            pulse: Pulse::new(),
+            view: RwLock::new(View {
+                state,
+                kernel: None,
+                boots: 0,
+            }),
+        }
+    }
+
+    fn set(&self, state: TargetState, kernel: Option<Arc<Kernel>>) {
+        let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
+        view.state = state;
+        view.kernel = kernel;
+    }
+
+    /// The kernel to read now, or why there is none.
+    pub(super) fn kernel(&self) -> Result<Arc<Kernel>, String> {
+        let view = self.view.read().unwrap_or_else(PoisonError::into_inner);
+        match (&view.kernel, &view.state) {
+            (Some(kernel), _) => Ok(Arc::clone(kernel)),
+            (None, TargetState::Empty) => Err("its memory is empty: it has not started".to_owned()),
+            (None, TargetState::NoKernel { reason } | TargetState::Unreachable { reason }) => {
+                Err(reason.clone())
+            }
+            (None, _) => Err("its kernel is just changing".to_owned()),
+        }
+    }
+
+    /// What it is doing.
+    pub(super) fn report(&self) -> TargetReport {
+        let view = self.view.read().unwrap_or_else(PoisonError::into_inner);
+        TargetReport {
+            name: self.name.clone(),
+            pci: self.pci.clone(),
+            ram_size: self.memory.as_ref().map_or(0, |memory| memory.size()),
+            state: view.state.clone(),
+            trust_level: TRUST_LEVEL,
+            boots: view.boots,
+        }
+    }
+
+    /// Whether a kernel runs in it.
+    pub(super) fn is_running(&self) -> bool {
+        let view = self.view.read().unwrap_or_else(PoisonError::into_inner);
+        matches!(view.state, TargetState::Running { .. })
+    }
+}
+
+/// The watcher's memory between two looks.
+pub(super) struct Watcher {
+    target: Arc<Target>,
+    known: Option<Known>,
+    /// How long to wait before the next search.
+    pause: Duration,
+    searched: Option<Instant>,
+    told_conflicts: usize,
+}
+
+/// The kernel that is followed.
+struct Known {
+    kernel: Arc<Kernel>,
+    instance: u64,
+    clock: Option<u64>,
+    moved: Instant,
+    searched: Instant,
+    stopped: bool,
+}
+
+impl Watcher {
+    pub(super) fn new(target: Arc<Target>) -> Self {
+        Self {
+            target,
+            known: None,
+            pause: Duration::ZERO,
+            searched: None,
+            told_conflicts: 0,
+        }
+    }
+
+    /// Looks at the target once; says what is new.
+    pub(super) fn look(&mut self) -> Vec<Told> {
+        self.target.pulse.beat();
+        let Ok(memory) = self.target.memory.clone() else {
+            return Vec::new();
+        };
+        match self.known.take() {
+            Some(known) => self.follow(&memory, known),
+            None => self.search(&memory),
+        }
+    }
+
+    /// There was a kernel: is it still there, and the same?
+    fn follow(&mut self, memory: &Arc<dyn PhysicalMemory>, mut known: Known) -> Vec<Told> {
+        let now = Instant::now();
+        if instance(&known.kernel) != Some(known.instance) {
+            // Gone or changed: whatever is there now is looked for at once.
+            return self.replace(memory, &known);
+        }
+        let clock = clock(&known.kernel);
+        if clock != known.clock {
+            known.clock = clock;
+            known.moved = now;
+            let mut told = Vec::new();
+            if known.stopped {
+                known.stopped = false;
+                told.push(information(
+                    FindingKind::TargetResumed,
+                    "its clock goes on".to_owned(),
+                ));
+                self.target
+                    .set(running(&known), Some(Arc::clone(&known.kernel)));
+            }
+            self.known = Some(known);
+            return told;
+        }
+        let still = now.saturating_duration_since(known.moved);
+        let mut told = Vec::new();
+        if still >= SUSPECT && now.saturating_duration_since(known.searched) >= SUSPECT {
+            known.searched = now;
+            if let Ok(kernel) = find(memory)
+                && instance(&kernel).is_some_and(|other| other != known.instance)
+            {
+                return self.adopt(kernel, true);
+            }
+        }
+        if still >= STOPPED && !known.stopped {
+            known.stopped = true;
+            told.push(information(
+                FindingKind::TargetStopped,
+                format!(
+                    "its clock has not moved for {} s: paused, crashed, reset or moved away",
+                    still.as_secs()
+                ),
+            ));
+            let banner = known.kernel.profile.banner().to_owned();
+            let state = TargetState::Stopped { banner };
+            self.target.set(state, Some(Arc::clone(&known.kernel)));
+        }
+        self.known = Some(known);
+        told
+    }
+
+    /// The kernel that was there is not any more.
+    fn replace(&mut self, memory: &Arc<dyn PhysicalMemory>, old: &Known) -> Vec<Told> {
+        match find(memory) {
+            Ok(kernel) if instance(&kernel) == Some(old.instance) => {
+                // The first look met a moment of change.
+                self.adopt_same(kernel, old.instance);
+                Vec::new()
+            }
+            Ok(kernel) => self.adopt(kernel, true),
+            Err(error) => {
+                let state = without_kernel(&**memory, &error);
+                let text = match &state {
+                    TargetState::Empty => "its memory is empty: it was switched off".to_owned(),
+                    _ => format!("its kernel is gone: {error}"),
+                };
+                self.target.set(state, None);
+                self.pause = Duration::ZERO;
+                vec![information(FindingKind::TargetGone, text)]
+            }
+        }
+    }
+
+    /// There was no kernel: is there one now?
+    fn search(&mut self, memory: &Arc<dyn PhysicalMemory>) -> Vec<Told> {
+        let now = Instant::now();
+        let early = self
+            .searched
+            .is_some_and(|last| now.saturating_duration_since(last) < self.pause);
+        if early {
+            return Vec::new();
+        }
+        if is_empty(&**memory) {
+            self.target.set(TargetState::Empty, None);
+            self.pause = Duration::ZERO;
+            return Vec::new();
+        }
+        let found = find(memory);
+        self.searched = Some(Instant::now());
+        match found {
+            Ok(kernel) => self.adopt(kernel, false),
+            Err(error) => {
+                let reason = error.to_string();
+                self.target.set(TargetState::NoKernel { reason }, None);
+                let longer = self.pause.max(Duration::from_millis(250)).saturating_mul(2);
+                self.pause = longer.min(LONGEST_PAUSE);
+                Vec::new()
+            }
+        }
+    }
+
+    fn adopt_same(&mut self, kernel: Kernel, instance: u64) {
+        let now = Instant::now();
+        let kernel = Arc::new(kernel);
+        let known = Known {
+            clock: clock(&kernel),
+            kernel,
+            instance,
+            moved: now,
+            searched: now,
+            stopped: false,
+        };
+        self.target
+            .set(running(&known), Some(Arc::clone(&known.kernel)));
+        self.known = Some(known);
+    }
+
+    fn adopt(&mut self, kernel: Kernel, replaces: bool) -> Vec<Told> {
+        let Some(instance) = instance(&kernel) else {
+            // It vanished between two reads.
+            let reason = "a kernel that could not be read again".to_owned();
+            self.target.set(TargetState::NoKernel { reason }, None);
+            self.pause = Duration::ZERO;
+            return Vec::new();
+        };
+        let banner = kernel.profile.banner().to_owned();
+        let (kind, text) = if replaces {
+            (
+                FindingKind::TargetRebooted,
+                format!("another boot: {banner}"),
+            )
+        } else {
+            (FindingKind::TargetStarted, banner)
+        };
+        let mut told = vec![information(kind, text)];
+        for conflict in &kernel.conflicts {
+            told.push(Told {
+                severity: Severity::Warning,
+                kind: FindingKind::KernelConflict,
+                text: conflict.to_string(),
+            });
+        }
+        self.told_conflicts = kernel.conflicts.len();
+        self.adopt_same(kernel, instance);
+        let mut view = self
+            .target
+            .view
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        view.boots = view.boots.saturating_add(1);
+        told
+    }
+}
+
+fn information(kind: FindingKind, text: String) -> Told {
+    Told {
+        severity: Severity::Information,
+        kind,
+        text,
+    }
+}
+
+fn running(known: &Known) -> TargetState {
+    let profile = &known.kernel.profile;
+    TargetState::Running {
+        banner: profile.banner().to_owned(),
+        build_id: profile.build_id().map(ToString::to_string),
+        instance: known.instance,
+    }
+}
+
+fn find(memory: &Arc<dyn PhysicalMemory>) -> Result<Kernel, FindError> {
+    let options = FindOptions {
+        cache: Cache::Off,
+        ..FindOptions::default()
+    };
+    secmon_profile::find(memory, &options)
+}
+
+fn without_kernel(memory: &dyn PhysicalMemory, error: &FindError) -> TargetState {
+    if is_empty(memory) {
+        TargetState::Empty
+    } else {
+        TargetState::NoKernel {
+            reason: error.to_string(),
+        }
+    }
+}
+
+/// What tells this boot from others: where randomization put the kernel, its
+/// banner as it stands in memory now, and the random stack canary of its
+/// first task. `None` if the kernel can't be read (any more).
+fn instance(kernel: &Kernel) -> Option<u64> {
+    let profile = &kernel.profile;
+    let symbol = |name| profile.symbols().address(name);
+    let mut hash = DefaultHasher::new();
+    kernel.image.virtual_base.as_u64().hash(&mut hash);
+    kernel.image.physical_base.as_u64().hash(&mut hash);
+    kernel.direct_map.as_u64().hash(&mut hash);
+    let mut banner = [0; 64];
+    kernel
+        .space
+        .read(symbol("linux_banner")?, &mut banner)
+        .ok()?;
+    let known = profile.banner().as_bytes();
+    let same = known.iter().zip(&banner).all(|(a, b)| a == b);
+    if !same {
+        return None;
+    }
+    banner.hash(&mut hash);
+    let canary = profile
+        .types()
+        .ok()
+        .and_then(|types| member_of(types, "task_struct", &["stack_canary"]).ok());
+    if let (Some(member), Some(task)) = (canary, symbol("init_task")) {
+        let at: VirtualAddress = task.wrapping_add(member.offset);
+        kernel.space.read_u64(at).ok()?.hash(&mut hash);
+    }
+    Some(hash.finish())
+}
+
+/// A number that grows while the kernel runs.
+fn clock(kernel: &Kernel) -> Option<u64> {
+    let symbols = kernel.profile.symbols();
+    let at = symbols
+        .address("jiffies_64")
+        .or_else(|| symbols.address("jiffies"))?;
+    kernel.space.read_u64(at).ok()
+}
+
+/// Whether memory is all zero where it is looked at.
+fn is_empty(memory: &dyn PhysicalMemory) -> bool {
+    const PAGE: u64 = 4096;
+    let mut page = [0; PAGE as usize];
+    let mut is_zero = |address: u64| {
+        // What can't be read holds nothing either.
+        memory
+            .read(PhysicalAddress::new(address), &mut page)
+            .is_err()
+            || page.iter().all(|byte| *byte == 0)
+    };
+    let low = (0..LOW).step_by(PAGE as usize);
+    let regions: Vec<(u64, u64)> = memory
+        .regions()
+        .iter()
+        .map(|region| (region.start.as_u64(), region.length))
+        .collect();
+    let samples = regions
+        .iter()
+        .flat_map(|(start, length)| {
+            let end = start.saturating_add(*length);
+            (*start..end).step_by(STRIDE as usize)
+        })
+        .take(MAX_SAMPLES);
+    low.chain(samples).all(&mut is_zero)
+}
+
+/// A guest of the target's kernel for one request: its diagnostics are those
+/// of that request alone.
+pub(super) fn guest(kernel: &Kernel) -> Guest {
+    Guest::new(kernel.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use secmon_memory::{MemoryRegion, PhysicalReadError};
+
+    use super::*;
+
+    /// Memory with one byte that is not zero.
+    struct OneByte(u64);
+
+    impl PhysicalMemory for OneByte {
+        fn regions(&self) -> &[MemoryRegion] {
+            static REGIONS: std::sync::LazyLock<[MemoryRegion; 1]> =
+                std::sync::LazyLock::new(|| {
+                    [MemoryRegion {
+                        start: PhysicalAddress::new(0),
+                        length: 64 << 20,
+                    }]
+                });
+            &*REGIONS
+        }
+
+        fn read(
+            &self,
+            address: PhysicalAddress,
+            buffer: &mut [u8],
+        ) -> Result<(), PhysicalReadError> {
+            for (index, byte) in buffer.iter_mut().enumerate() {
+                *byte = u8::from(address.as_u64() + index as u64 == self.0);
+            }
+            Ok(())
+        }
+
+        fn volatility(&self) -> secmon_memory::Volatility {
+            secmon_memory::Volatility::Live
+        }
+    }
+
+    #[test]
+    fn empty_memory_is_told_from_memory_without_a_kernel() {
+        let look = |byte| {
+            let memory: Arc<dyn PhysicalMemory> = Arc::new(OneByte(byte));
+            let target = Arc::new(Target::new("web1".to_owned(), None, Ok(memory)));
+            let mut watcher = Watcher::new(Arc::clone(&target));
+            assert!(watcher.look().is_empty());
+            assert!(target.kernel().is_err());
+            target.report().state
+        };
+        assert_eq!(look(u64::MAX), TargetState::Empty);
+        assert!(matches!(look(0x500), TargetState::NoKernel { .. }));
+        assert!(matches!(
+            look(5 * STRIDE + 17),
+            TargetState::NoKernel { .. }
+        ));
+    }
+
+    #[test]
+    fn a_target_without_memory_says_why() {
+        let target = Arc::new(Target::new(
+            "web1".to_owned(),
+            None,
+            Err("no device".to_owned()),
+        ));
+        assert!(Watcher::new(Arc::clone(&target)).look().is_empty());
+        assert_eq!(target.kernel().err().as_deref(), Some("no device"));
+        assert!(!target.is_running());
+    }
+}

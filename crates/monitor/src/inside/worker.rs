@@ -1,0 +1,325 @@
+//! The worker: opens everything, confines itself, and then looks at memory.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use secmon_channel::{Descriptor, KeyPair, Peer, Stream};
+use secmon_guest::Guest;
+use secmon_memory::PhysicalMemory;
+use secmon_platform::ivshmem::{self, IvshmemOptions, PCI_DEVICES};
+use secmon_sandbox::{Needs, Stage};
+
+use super::health::{Health, Pulse};
+use super::init::DEVICES_CHANGED;
+use super::outbox::Outbox;
+use super::watcher::{self, Target, Watcher};
+use super::{log, port, session};
+use crate::protocol::{
+    CHANNEL_PORT, Configuration, Finding, FindingKind, Heartbeat, Limits, Refusal, Severity,
+    TargetConfiguration,
+};
+
+/// Where findings are kept for the next worker.
+const OUTBOX: &str = "/findings";
+/// How long a watcher or the server may be busy with one thing. A search of
+/// all of a large target's memory under emulation takes minutes.
+const BUSY: Duration = Duration::from_secs(300);
+/// The most bytes of configuration.
+const MAX_CONFIGURATION: u64 = 1 << 20;
+
+/// What the worker's threads share.
+pub(super) struct Shared {
+    pub(super) name: String,
+    pub(super) release: String,
+    pub(super) keys: KeyPair,
+    pub(super) clients: Vec<Peer>,
+    pub(super) targets: Vec<Arc<Target>>,
+    pub(super) limits: Limits,
+    pub(super) weaknesses: Vec<String>,
+    /// That the server goes on.
+    pub(super) serving: Pulse,
+    restarts: u32,
+    health: Health,
+    outbox: Mutex<Outbox>,
+    news: Condvar,
+}
+
+impl Shared {
+    fn outbox(&self) -> std::sync::MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a finding.
+    pub(super) fn tell(
+        &self,
+        target: Option<&str>,
+        severity: Severity,
+        kind: FindingKind,
+        text: &str,
+    ) {
+        self.outbox().push(target, severity, kind, text);
+        self.news.notify_all();
+        let about = target.unwrap_or("the monitor");
+        // Guests choose parts of the text.
+        let harmless: String = text.chars().filter(|c| !c.is_control()).collect();
+        log(format_args!("{about}: {kind:?}: {harmless}"));
+    }
+
+    pub(super) fn acknowledge(&self, through: u64) {
+        self.outbox().acknowledge(through);
+    }
+
+    pub(super) fn findings_after(&self, sequence: u64, count: usize) -> Vec<Finding> {
+        self.outbox().after(sequence, count)
+    }
+
+    /// Waits for a finding after `sequence`; says whether there is one.
+    pub(super) fn wait_for_findings(&self, sequence: u64, until: Option<Instant>) -> bool {
+        let mut outbox = self.outbox();
+        loop {
+            if !outbox.after(sequence, 1).is_empty() {
+                return true;
+            }
+            let left = until.and_then(|until| until.checked_duration_since(Instant::now()));
+            let Some(left) = left.filter(|left| !left.is_zero()) else {
+                return false;
+            };
+            outbox = self
+                .news
+                .wait_timeout(outbox, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// The target's guest as it is now.
+    pub(super) fn guest(&self, name: &str) -> Result<Guest, Refusal> {
+        let target = self.targets.iter().find(|target| target.name == name);
+        let target = target.ok_or_else(|| {
+            let known: Vec<&str> = self.targets.iter().map(|t| t.name.as_str()).collect();
+            Refusal::UnknownTarget {
+                name: name.to_owned(),
+                known: known.join(", "),
+            }
+        })?;
+        let kernel = target.kernel().map_err(|reason| Refusal::TargetNotReady {
+            name: name.to_owned(),
+            reason,
+        })?;
+        Ok(watcher::guest(&kernel))
+    }
+
+    /// The numbers of this moment.
+    pub(super) fn heartbeat(&self, requests: u32) -> Heartbeat {
+        let outbox = self.outbox();
+        let running = self.targets.iter().filter(|target| target.is_running());
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Heartbeat {
+            targets_running: count(running.count()),
+            targets: count(self.targets.len()),
+            requests,
+            findings_kept: outbox.kept(),
+            findings_lost: outbox.lost(),
+            restarts: self.restarts,
+            ..self.health.beat()
+        }
+    }
+}
+
+/// Runs until something fails. `arguments`: how often the worker was started
+/// before, and why the one before ended.
+pub(super) fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
+    // Half a worker is worth less than a new one.
+    std::panic::set_hook(Box::new(|panic| {
+        log(format_args!("this is a bug in secmon: {panic}"));
+        std::process::abort();
+    }));
+    match run(arguments) {
+        Ok(never) => match never {},
+        Err(error) => {
+            log(error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why the worker can't work.
+#[derive(Debug, thiserror::Error)]
+enum WorkerError {
+    #[error(transparent)]
+    Configuration(#[from] crate::protocol::ConfigurationError),
+    #[error(transparent)]
+    Key(#[from] secmon_channel::KeyError),
+    #[error("{what}: {source}")]
+    System {
+        what: &'static str,
+        source: std::io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> WorkerError {
+    move |source| WorkerError::System { what, source }
+}
+
+fn run(
+    mut arguments: impl Iterator<Item = String>,
+) -> Result<std::convert::Infallible, WorkerError> {
+    let restarts: u32 = arguments
+        .next()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0);
+    let reason = arguments.next().unwrap_or_default();
+
+    let mut bytes = Vec::new();
+    std::io::stdin()
+        .take(MAX_CONFIGURATION)
+        .read_to_end(&mut bytes)
+        .map_err(system("reading the configuration"))?;
+    let configuration = Configuration::parse(&bytes)?;
+    drop(bytes);
+    let keys = KeyPair::from_secret(configuration.secret_key)?;
+    let port = port::open(CHANNEL_PORT).map_err(system("the channel's port"))?;
+    let stream: Arc<dyn Stream> =
+        Arc::new(Descriptor::new(port).map_err(system("the channel's port"))?);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(OUTBOX)
+        .map_err(system("the outbox"))?;
+    let targets = open_targets(&configuration.targets);
+    let health = Health::open();
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+
+    // From here on nothing can be opened. What follows looks at memory.
+    let mut weaknesses = Vec::new();
+    for stage in [Stage::Opening, Stage::Reading] {
+        for weakness in secmon_sandbox::confine(stage, &Needs::default()) {
+            log(format_args!("{weakness}"));
+            weaknesses.push(weakness.to_string());
+        }
+    }
+    let shared = Arc::new(Shared {
+        name: configuration.name,
+        release,
+        keys,
+        clients: configuration.clients,
+        targets,
+        outbox: Mutex::new(Outbox::open(configuration.limits.findings, Some(file))),
+        limits: configuration.limits,
+        weaknesses,
+        serving: Pulse::new(),
+        restarts,
+        health,
+        news: Condvar::new(),
+    });
+    tell_start(&shared, &reason);
+    for target in &shared.targets {
+        let (shared, target) = (Arc::clone(&shared), Arc::clone(target));
+        let name = format!("watch {}", target.name);
+        spawn(&name, move || watch(&shared, &target))?;
+    }
+    let beating = Arc::clone(&shared);
+    spawn("pulse", move || pulse(&beating))?;
+    session::serve(&shared, &stream)
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), WorkerError> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(work)
+        .map(drop)
+        .map_err(system("starting a thread"))
+}
+
+/// Maps the memory of each target, or says why it can't be.
+fn open_targets(configured: &[TargetConfiguration]) -> Vec<Arc<Target>> {
+    let folder = Path::new(PCI_DEVICES);
+    let present = ivshmem::list(folder).unwrap_or_default();
+    // Devices that no target names, for those that name none.
+    let mut unnamed = present
+        .iter()
+        .map(|device| device.address)
+        .filter(|address| configured.iter().all(|target| target.pci != Some(*address)));
+    configured
+        .iter()
+        .map(|target| {
+            let address = target.pci.or_else(|| unnamed.next());
+            let memory = address
+                .ok_or_else(|| "no ivshmem device is left for it".to_owned())
+                .and_then(|address| {
+                    let options = IvshmemOptions {
+                        layout: target.layout.as_ref(),
+                        ram_size: target.ram_size,
+                        validate: None,
+                    };
+                    let opened = ivshmem::open(folder, address, &options)
+                        .map_err(|error| error.to_string())?;
+                    for note in &opened.notes {
+                        log(format_args!("{}: {note}", target.name));
+                    }
+                    let memory: Arc<dyn PhysicalMemory> = opened.memory;
+                    Ok(memory)
+                });
+            let pci = address.map(|address| address.to_string());
+            Arc::new(Target::new(target.name.clone(), pci, memory))
+        })
+        .collect()
+}
+
+fn tell_start(shared: &Shared, reason: &str) {
+    if reason == DEVICES_CHANGED {
+        log("looking at the targets anew");
+    } else if shared.restarts == 0 {
+        let text = format!("version {}", env!("CARGO_PKG_VERSION"));
+        shared.tell(
+            None,
+            Severity::Information,
+            FindingKind::MonitorStarted,
+            &text,
+        );
+    } else {
+        let text = format!("start {} after: {reason}", shared.restarts);
+        shared.tell(None, Severity::Warning, FindingKind::WorkerRestarted, &text);
+    }
+    for target in &shared.targets {
+        if let Err(reason) = &target.memory {
+            let kind = FindingKind::TargetUnreachable;
+            shared.tell(Some(&target.name), Severity::Warning, kind, reason);
+        }
+    }
+}
+
+/// Follows a target for ever.
+fn watch(shared: &Shared, target: &Arc<Target>) {
+    let pause = Duration::from_millis(shared.limits.poll_ms);
+    let mut watcher = Watcher::new(Arc::clone(target));
+    loop {
+        for told in watcher.look() {
+            shared.tell(Some(&target.name), told.severity, told.kind, &told.text);
+        }
+        thread::sleep(pause);
+    }
+}
+
+/// Tells process 1 that all threads go on, as long as they do.
+fn pulse(shared: &Shared) {
+    loop {
+        let ages = shared.targets.iter().map(|target| target.pulse.age());
+        let oldest = ages.chain([shared.serving.age()]).max();
+        if oldest.is_some_and(|oldest| oldest < BUSY) {
+            let mut out = std::io::stdout().lock();
+            let _ = out.write_all(b".").and_then(|()| out.flush());
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,46 @@
+//! `cargo xtask appliance`: the program of the monitoring VM, linked
+//! statically as there are no libraries, and the image that holds it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::run::{cargo, root, run};
+
+/// Static linking is a matter of the target, and naming the target keeps the
+/// flags away from build scripts.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Builds both.
+///
+/// # Errors
+/// If the program does not build, or the image can't be made.
+pub fn build(output: &Path, arguments: &[String]) -> Result<()> {
+    let program = program()?;
+    run(std::process::Command::new(&program)
+        .args(["monitor", "build", "--output"])
+        .arg(output)
+        .args(arguments))
+}
+
+/// Builds the static program, small.
+fn program() -> Result<PathBuf> {
+    // A folder of its own: the flags would undo the usual one's fingerprints.
+    let folder = root().join("target/appliance");
+    run(cargo()
+        .args([
+            "build",
+            "--release",
+            "--package",
+            "secmon",
+            "--target",
+            TARGET,
+        ])
+        .arg("--target-dir")
+        .arg(&folder)
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "true"))?;
+    Ok(folder.join(TARGET).join("release/secmon"))
+}
