@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-
+use secmon_monitor::appliance::archive::Archive;
 
 use crate::cache;
 use crate::suite::Suite;

@@ -58,6 +58,17 @@ impl Archive {
     /// # Errors
     /// If it can't be fetched or unpacked.
     pub fn unpack(&self, package: &str, to: &Path) -> Result<PackageName, ApplianceError> {
+        let file = self.download(package)?;
+        let name = unpack_file(&file, to)?;
+        fs::remove_file(&file).map_err(ApplianceError::file(&file, "removing it"))?;
+        Ok(name)
+    }
+
+    /// Fetches a package, and gives its file.
+    ///
+    /// # Errors
+    /// If it can't be fetched.
+    pub fn download(&self, package: &str) -> Result<PathBuf, ApplianceError> {
         let packages = self.folder.join("packages");
         run(self
             .apt("apt-get")
@@ -77,13 +88,10 @@ impl Archive {
                 found = Some(path);
             }
         }
-        let file = found.ok_or_else(|| ApplianceError::Package {
+        found.ok_or_else(|| ApplianceError::Package {
             package: package.to_owned(),
             what: "apt-get left no file of it".to_owned(),
-        })?;
-        let name = unpack_file(&file, to)?;
-        fs::remove_file(&file).map_err(ApplianceError::file(&file, "removing it"))?;
-        Ok(name)
+        })
     }
 
     fn apt(&self, program: &str) -> Command {
