@@ -16,8 +16,10 @@ pub const NAMESPACES: Check = Check {
     selection: Selection::default,
     expected: |truth| {
         let listed = truth.namespaces.iter().filter(|namespace| {
+            let held = !namespace.descriptors.is_empty() || !namespace.mounts.is_empty();
             !namespace.pids.is_empty()
                 || namespace.kind == "net"
+                || (held && namespace.kind != "user")
                 // Threads can be in namespaces that no first thread is in.
                 || truth.threads.iter().any(|thread| {
                     thread.own_namespaces.get(&namespace.kind) == Some(&namespace.inode)
@@ -28,7 +30,7 @@ pub const NAMESPACES: Check = Check {
     // Owners of others that nobody is in: `/proc` does not show them.
     beyond_truth: |row| {
         row.get("processes") == Some(&Value::Unsigned(0))
-            && row.get("type") != Some(&Value::from("net"))
+            && row.get("type") == Some(&Value::from("user"))
     },
 };
 

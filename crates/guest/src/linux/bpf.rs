@@ -10,7 +10,7 @@ use secmon_profile::Member;
 
 use super::clock::Clock;
 use super::list::is_object_address;
-use super::owner::{Owner, Owners};
+use super::owner::{Behind, Owner, Owners};
 use super::per_cpu::PerCpu;
 use super::xarray;
 use crate::table::Items;
@@ -623,15 +623,17 @@ fn items(
     // The first must be there, or the kernel has no BPF at all.
     guest.symbol(TABLE, "prog_idr")?;
     let others = ["bpf_map_fops", "bpf_link_fops", "bpf_link_fops_poll"];
-    let owners = Owners::read(guest, TABLE, "bpf_prog_fops", &others).unwrap_or_else(|error| {
-        guest.diagnostics().record(Diagnostic {
-            table: TABLE,
-            subject: "files_struct".to_owned(),
-            address: None,
-            reason: format!("objects are without their owners: {error}"),
-        });
-        Owners::default()
-    });
+    let owners = Owners::read(guest, TABLE, Behind::File, "bpf_prog_fops", &others).unwrap_or_else(
+        |error| {
+            guest.diagnostics().record(Diagnostic {
+                table: TABLE,
+                subject: "files_struct".to_owned(),
+                address: None,
+                reason: format!("objects are without their owners: {error}"),
+            });
+            Owners::default()
+        },
+    );
     let context = Arc::new(Context {
         owners,
         clock: Clock::read(guest, TABLE).map_err(|error| error.to_string()),

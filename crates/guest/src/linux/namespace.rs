@@ -121,6 +121,8 @@ type Pointers = [Option<VirtualAddress>; Kind::ALL.len()];
 pub struct NamespaceModel {
     nsproxy: NsproxyLayout,
     spans: Spans,
+    /// The offset of `ns_common.ops`.
+    common_operations: Option<u64>,
     /// By kind, in the order of [`Kind::ALL`]; none for what this kernel was
     /// built without.
     places: [Option<Places>; Kind::ALL.len()],
@@ -134,6 +136,10 @@ impl Layout for NamespaceModel {
         Ok(Self {
             spans: Spans::covering(required.into_iter().chain(optional)),
             nsproxy,
+            common_operations: types
+                .member("ns_common", "ops")
+                .ok()
+                .map(|member| member.offset),
             places: Kind::ALL.map(|kind| {
                 let (structure, owner) = kind.structure();
                 Some(Places {
@@ -318,6 +324,39 @@ impl Namespaces {
             .map_err(|error| error.to_string())?;
         lock().insert(namespace, (kind, inode));
         Ok(inode)
+    }
+
+    /// The namespace whose `ns_common` is at `common`, and its kind.
+    ///
+    /// # Errors
+    /// A text that says what could not be read, or that there is none.
+    pub fn containing(
+        &self,
+        guest: &Guest,
+        common: VirtualAddress,
+    ) -> Result<(Kind, VirtualAddress), String> {
+        let offset = self
+            .model
+            .common_operations
+            .ok_or_else(|| "the kernel has no type ns_common".to_owned())?;
+        if !is_object_address(guest.space(), common) {
+            return Err(format!("{common} is no address of a namespace"));
+        }
+        let place = common.wrapping_add(offset);
+        let operations = guest
+            .space()
+            .read_pointer(place)
+            .map_err(|error| error.to_string())?;
+        let kind = Kind::ALL
+            .into_iter()
+            .find(|kind| guest.symbols().address(kind.operations()) == Some(operations))
+            .ok_or_else(|| format!("the operations at {operations} are of no kind of namespace"))?;
+        let places = self
+            .places(kind)
+            .ok_or_else(|| format!("the kernel has no type {}", kind.structure().0))?;
+        let namespace = place.wrapping_sub(places.operations);
+        self.inode(guest, kind, namespace)?;
+        Ok((kind, namespace))
     }
 
     /// The user namespace that owns this one; none for the initial user

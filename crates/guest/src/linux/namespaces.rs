@@ -5,11 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use secmon_memory::VirtualAddress;
+use secmon_memory::{ReadError, VirtualAddress, Volatility};
 
 use crate::linux::list::entries;
 use crate::linux::listing::Listing;
+use crate::linux::mount::MountModel;
 use crate::linux::namespace::{Kind as NamespaceKind, Namespaces};
+use crate::linux::owner::{Behind, Owners};
+use crate::linux::path::Paths;
 use crate::linux::process;
 use crate::table::Items;
 use crate::{
@@ -25,6 +28,20 @@ layout! {
     /// `include/net/net_namespace.h`
     struct NetLayout: "net" {
         list: "list",
+    }
+}
+
+layout! {
+    /// `include/linux/mount.h`
+    struct MountLayout: "vfsmount" {
+        superblock: "mnt_sb",
+    }
+}
+
+layout! {
+    /// `include/linux/fs.h`
+    struct HeldInodeLayout: "inode" {
+        private: "i_private",
     }
 }
 
@@ -223,6 +240,7 @@ fn namespaces(
         for address in network {
             found.entry((NamespaceKind::Network, address)).or_default();
         }
+        add_held(guest, namespaces, &mut found);
         add_owners(guest, namespaces, &mut found);
     }
     for ((kind, address), members) in found {
@@ -249,6 +267,84 @@ fn network_namespaces(guest: &Guest) -> Vec<VirtualAddress> {
         return Vec::new();
     };
     entries(guest, TABLE, "net.list", head, layout.list.offset).collect()
+}
+
+/// Adds the namespaces that a descriptor or a mount holds, whether or not
+/// anybody is in them.
+fn add_held(
+    guest: &Guest,
+    namespaces: &Namespaces,
+    found: &mut BTreeMap<(NamespaceKind, VirtualAddress), Members>,
+) {
+    let live = guest.space().memory().volatility() == Volatility::Live;
+    let complain = |subject: &str, address, reason: String| {
+        guest.diagnostics().record(Diagnostic {
+            table: TABLE,
+            subject: subject.into(),
+            address,
+            reason: format!("namespaces that it holds are missing: {reason}"),
+        });
+    };
+    let add = |found: &mut BTreeMap<_, Members>, what, common| match namespaces
+        .containing(guest, common)
+    {
+        Ok(key) => {
+            found.entry(key).or_default();
+        }
+        // It may have been let go since it was found.
+        Err(_) if live => guest.diagnostics().count_torn_read(),
+        Err(reason) => complain(what, Some(common), reason),
+    };
+    match Owners::read(guest, TABLE, Behind::Inode, "ns_file_operations", &[]) {
+        Ok(owners) => owners
+            .objects()
+            .for_each(|common| add(found, "a descriptor of nsfs", common)),
+        Err(error) => complain("descriptors", None, error.to_string()),
+    }
+    let places = found
+        .keys()
+        .filter(|(kind, _)| *kind == NamespaceKind::Mount);
+    let places: Vec<_> = places.map(|(_, address)| *address).collect();
+    match mounted(guest, &places) {
+        Ok(mounted) => mounted
+            .into_iter()
+            .for_each(|common| add(found, "a mount of nsfs", common)),
+        Err(error) => complain("mounts", None, error.to_string()),
+    }
+}
+
+/// What is behind the mounts of `nsfs` in these mount namespaces.
+fn mounted(guest: &Guest, places: &[VirtualAddress]) -> Result<Vec<VirtualAddress>, HeldError> {
+    let mount = guest.layout::<MountLayout>(TABLE)?;
+    let inode = guest.layout::<HeldInodeLayout>(TABLE)?;
+    let paths = Paths::new(guest, TABLE, None)?;
+    let mounts = MountModel::new(guest, TABLE)?;
+    let nsfs = guest
+        .space()
+        .read_pointer(guest.symbol(TABLE, "nsfs_mnt")?)?;
+    let nsfs = guest.pointer(nsfs, &mount.superblock)?;
+    let mut found = Vec::new();
+    for place in places {
+        // What is wrong among them is told by the table of mounts.
+        let (mounts, _) = mounts.mounts(guest, *place);
+        for mount in mounts.iter().filter(|mount| mount.superblock == nsfs) {
+            if let Some(held) = paths.inode_of(guest, mount.top.dentry) {
+                found.push(guest.pointer(held, &inode.private)?);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Why mounts of namespaces could not be found.
+#[derive(Debug, thiserror::Error)]
+enum HeldError {
+    /// The kernel lacks a symbol or a type.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The way to them can't be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
 }
 
 /// Adds the user namespaces that own what was found, and their parents.

@@ -1,7 +1,8 @@
-//! Which processes hold which objects of one kind, sockets or BPF programs
-//! say: through their file descriptors (`files_struct`,
+//! Which processes hold which objects of one kind, sockets, namespaces or BPF
+//! programs say: through their file descriptors (`files_struct`,
 //! `include/linux/fdtable.h`; `struct file`, `include/linux/fs.h`). The kind
-//! is told by the file's operations, the object by its private data.
+//! is told by the file's operations, the object by the private data of the file
+//! or of its inode.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -40,7 +41,24 @@ layout! {
     struct FileLayout: "file" {
         operations: "f_op",
         private_data: "private_data",
+        inode: "f_inode",
     }
+}
+
+layout! {
+    /// `include/linux/fs.h`
+    struct InodeLayout: "inode" {
+        private: "i_private",
+    }
+}
+
+/// What of a file leads to the object behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behind {
+    /// `file.private_data`.
+    File,
+    /// `inode.i_private`.
+    Inode,
 }
 
 /// A process that has an object open.
@@ -75,6 +93,7 @@ impl Owners {
     pub fn read(
         guest: &Guest,
         table: &'static str,
+        behind: Behind,
         first: &'static str,
         others: &[&str],
     ) -> Result<Self, TableError> {
@@ -87,6 +106,10 @@ impl Owners {
             files: guest.layout::<FilesLayout>(table)?,
             descriptors: guest.layout::<DescriptorTableLayout>(table)?,
             file: guest.layout::<FileLayout>(table)?,
+            inode: match behind {
+                Behind::File => None,
+                Behind::Inode => Some(guest.layout::<InodeLayout>(table)?),
+            },
             operations,
         };
         let mut owners = Self::default();
@@ -129,6 +152,8 @@ struct Reader<'g> {
     files: Arc<FilesLayout>,
     descriptors: Arc<DescriptorTableLayout>,
     file: Arc<FileLayout>,
+    /// Where the object is behind the inode.
+    inode: Option<Arc<InodeLayout>>,
     operations: Vec<VirtualAddress>,
 }
 
@@ -227,7 +252,13 @@ impl Reader<'_> {
         if !self.operations.contains(&operations) {
             return None;
         }
-        let object = self.guest.pointer(file, &self.file.private_data).ok()?;
+        let object = match &self.inode {
+            None => self.guest.pointer(file, &self.file.private_data).ok()?,
+            Some(layout) => {
+                let inode = self.guest.pointer(file, &self.file.inode).ok()?;
+                self.guest.pointer(inode, &layout.private).ok()?
+            }
+        };
         is_object_address(self.guest.space(), object).then_some(object)
     }
 }

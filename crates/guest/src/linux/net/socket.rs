@@ -16,7 +16,7 @@ use super::sock::{
 use super::tables::{Source, Tables};
 use super::vsock::Vsock;
 use crate::linux::list::is_object_address;
-use crate::linux::owner::{Owner, Owners};
+use crate::linux::owner::{Behind, Owner, Owners};
 use crate::{Diagnostic, Guest, TableError, Text};
 
 /// What all sockets of one listing share.
@@ -32,15 +32,16 @@ pub struct Context {
 impl Context {
     fn read(guest: &Guest, table: &'static str) -> Result<Self, TableError> {
         let namespaces = namespaces(guest, table)?;
-        let owners = Owners::read(guest, table, "socket_file_ops", &[]).unwrap_or_else(|error| {
-            guest.diagnostics().record(Diagnostic {
-                table,
-                subject: "files_struct".to_owned(),
-                address: None,
-                reason: format!("sockets are without their owners: {error}"),
+        let owners = Owners::read(guest, table, Behind::File, "socket_file_ops", &[])
+            .unwrap_or_else(|error| {
+                guest.diagnostics().record(Diagnostic {
+                    table,
+                    subject: "files_struct".to_owned(),
+                    address: None,
+                    reason: format!("sockets are without their owners: {error}"),
+                });
+                Owners::default()
             });
-            Owners::default()
-        });
         let inodes = namespaces
             .iter()
             .map(|namespace| (namespace.address, namespace.inode))

@@ -87,6 +87,22 @@ pub fn namespaces(reports: &mut Reports) -> io::Result<()> {
         forget(TcpListener::bind("127.0.0.1:7001")?);
         sys::set_namespace(&own, libc::CLONE_NEWNET)
     })?;
+    // Of other kinds too.
+    reports.simple("uts-mounted", |_| {
+        fs::create_dir_all("/run/netns")?;
+        fs::write("/run/netns/uts", "")?;
+        let own = File::open("/proc/self/ns/uts")?;
+        sys::unshare(libc::CLONE_NEWUTS)?;
+        let link = "/proc/self/ns/uts";
+        sys::mount(link, "/run/netns/uts", "", libc::MS_BIND, "")?;
+        sys::set_namespace(&own, libc::CLONE_NEWUTS)
+    })?;
+    reports.simple("ipc-descriptor", |_| {
+        let own = File::open("/proc/self/ns/ipc")?;
+        sys::unshare(libc::CLONE_NEWIPC)?;
+        forget(File::open("/proc/self/ns/ipc")?);
+        sys::set_namespace(&own, libc::CLONE_NEWIPC)
+    })?;
     reports.simple("netns-own", |_| {
         sys::unshare(libc::CLONE_NEWNET)?;
         up("lo")?;
