@@ -46,6 +46,30 @@ pub enum MonitorCommand {
         /// The monitor; may be left out if there is one only
         name: Option<MonitorName>,
     },
+
+    /// libvirt definitions: of a target, changed to share its RAM, or of a monitoring VM
+    ///
+    /// With --convert: reads a domain definition and writes it with the guest's
+    /// RAM shared, all else byte for byte as it was. Without: writes a domain
+    /// definition for the VM of a monitor that is up, for those who run it under
+    /// libvirt.
+    #[command(after_help = "Examples:
+  virsh dumpxml --inactive web1 | secmon monitor libvirt-xml --convert - > web1.xml
+  virsh define web1.xml
+  secmon monitor libvirt-xml web1 > monitor.xml")]
+    LibvirtXml(LibvirtArguments),
+}
+
+/// Arguments of `secmon monitor libvirt-xml`.
+#[derive(Args, Clone, Debug)]
+pub struct LibvirtArguments {
+    /// The monitor; may be left out if there is one only
+    #[arg(conflicts_with = "convert")]
+    pub name: Option<MonitorName>,
+
+    /// A target's domain definition; `-` is stdin
+    #[arg(long, value_name = "FILE")]
+    pub convert: Option<PathBuf>,
 }
 
 /// Arguments of `secmon monitor build`.

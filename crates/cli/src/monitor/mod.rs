@@ -3,6 +3,7 @@
 pub mod arguments;
 mod attach;
 mod build;
+mod libvirt;
 pub mod remote;
 mod status;
 
@@ -84,6 +85,7 @@ pub fn run(command: &MonitorCommand, common: &Common, reporter: Reporter) -> Res
         MonitorCommand::Attach { name } => {
             attach::attach(&the_one(name.as_ref())?, common, reporter)
         }
+        MonitorCommand::LibvirtXml(arguments) => libvirt::libvirt_xml(arguments, reporter),
         MonitorCommand::Down { name } => down(&the_one(name.as_ref())?),
     }
 }

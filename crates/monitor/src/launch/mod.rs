@@ -14,6 +14,7 @@ pub mod console;
 pub mod emulator;
 mod files;
 pub mod hotplug;
+pub mod libvirt;
 mod name;
 pub mod process;
 pub mod read_access;

@@ -1,6 +1,7 @@
 //! What the host knows of a monitor without asking it.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use super::process::ProcessRecord;
 use super::run_directory::{RunDirectory, RunDirectoryError};
@@ -69,6 +70,8 @@ impl fmt::Display for TargetState {
 pub struct Status {
     /// Its name.
     pub name: MonitorName,
+    /// Its folder.
+    pub folder: PathBuf,
     /// What it was started with, if that much was done.
     pub settings: Option<Settings>,
     /// Its supervisor.
@@ -95,6 +98,7 @@ pub fn read(name: &MonitorName) -> Result<Status, DownError> {
         let processes: Processes = directory.read(files::PROCESSES)?.unwrap_or_default();
         Ok(Status {
             name: name.clone(),
+            folder: directory.path().to_owned(),
             settings: directory.read(files::SETTINGS)?,
             supervisor: Life::of(processes.supervisor),
             machine: Life::of(processes.machine),

@@ -15,7 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use secmon_channel::{KeyError, KeyPair, Peer};
-use secmon_platform::qemu::QmpError;
+use secmon_platform::qemu::{QmpError, RamFileKind};
 
 use super::command_line::{Machine, guest_name, pci_address};
 use super::console::Console;
@@ -303,7 +303,11 @@ impl Supervisor {
             .collect();
         self.write_configuration(&shapes)?;
         self.directory.write(files::SHAPES, &shapes)?;
-        let running = found.iter().filter_map(|target| target.as_ref().ok());
+        // An anonymous file lies in no folder, which is all that landlock guards.
+        let named = found
+            .iter()
+            .filter_map(|target| target.as_ref().ok())
+            .filter(|target| target.ram.kind == RamFileKind::Named);
         let plan = StartPlan {
             program: self.settings.program.clone(),
             machine: Machine {
@@ -321,13 +325,13 @@ impl Supervisor {
             configuration: self.directory.file(files::CONFIGURATION),
             qmp_socket: self.directory.qmp_socket(),
             channel_socket: self.directory.channel_socket(),
-            ram_files: running
+            ram_files: named
                 .clone()
                 .map(|target| target.ram.path.clone())
                 .collect(),
             ends_with_parent: false,
         };
-        let openable = running.map(|target| target.ram.identity).collect();
+        let openable = named.map(|target| target.ram.identity).collect();
         self.directory.write(files::PLAN, &plan)?;
         let (console, qemu_end) = UnixStream::pair().map_err(SupervisorError::Start)?;
         let end = |stream: &UnixStream| {
@@ -559,9 +563,8 @@ fn fits(machine: &Running, slot: usize, target: &RunningTarget) -> Result<(), Mi
     if machine.shapes.get(slot).cloned().flatten() != Some(shape(target)) {
         return Err(Misfit::Shape);
     }
-    // An anonymous file lies in no folder, which is all that landlock guards.
-    let anonymous = target.ram.kind == secmon_platform::qemu::RamFileKind::Anonymous;
-    if anonymous || machine.openable.contains(&target.ram.identity) {
+    if target.ram.kind == RamFileKind::Anonymous || machine.openable.contains(&target.ram.identity)
+    {
         return Ok(());
     }
     Err(Misfit::Confinement)
