@@ -219,7 +219,7 @@ fn rounds() -> u32 {
 fn a_monitor_comes_up_survives_and_goes() {
     // No power of two, so that its file is extended while it runs.
     let guest = boot("launcher-target", 384);
-    let host = Host::new(guest.kernel().image());
+    let host = Host::new(&guest.kernel().image());
     let target = "qemu:launcher-target";
 
     let said = succeeded(&host.up(target, &[]));
@@ -294,7 +294,7 @@ fn qemu_10_takes_the_same() {
         .emulator(Emulator::Backports)
         .boot()
         .expect("a guest");
-    let host = Host::new(guest.kernel().image());
+    let host = Host::new(&guest.kernel().image());
     // Where the monitor's own user can reach it.
     let program = Emulator::Backports.program().expect("QEMU 10");
     let root = program.ancestors().nth(3).expect("its tree");
@@ -322,7 +322,7 @@ fn what_can_not_be_watched_is_told_with_what_to_change() {
         .qmp(QmpAccess::None)
         .boot()
         .expect("a guest");
-    let host = Host::new(guest.kernel().image());
+    let host = Host::new(&guest.kernel().image());
     let error = refused(&host.up("qemu:launcher-plain", &[]));
     assert!(
         error.contains("-object memory-backend-memfd,id=ram,size=256M"),
