@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use secmon_lab::{Backing, Emulator, Guest, QmpAccess, Suite};
+use secmon_lab::{Acceleration, Backing, Emulator, Guest, QmpAccess, Suite};
 use serde_json::Value;
 
 /// How long anything may take on a machine that has much else to do.
@@ -70,6 +70,8 @@ impl Host {
         let initramfs = self.folder.path().join("initramfs").display().to_string();
         let mut words = vec!["monitor", "up", "--target", target, "--name", "m"];
         words.extend(["--kernel", &kernel, "--initramfs", &initramfs]);
+        // The lab knows already what works here.
+        words.extend(["--accelerator", Acceleration::usable().name()]);
         words.extend(more);
         self.secmon(&words)
     }

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args, Subcommand};
+use clap::{ArgAction, Args, Subcommand, ValueEnum};
 use secmon_monitor::launch::MonitorName;
+use secmon_monitor::launch::command_line::Accelerator;
 
 /// What is done with a monitor.
 #[derive(Clone, Debug, Subcommand)]
@@ -122,11 +123,40 @@ pub struct UpArguments {
     #[arg(long, value_name = "PROGRAM")]
     pub qemu: Option<PathBuf>,
 
-    /// The appliance's kernel, instead of the one that `monitor build` made
+    /// The folder of the image that `secmon monitor build` made
+    ///
+    /// Without it: secmon-appliance in the current folder, else
+    /// /var/lib/secmon/appliance, else /usr/lib/secmon/appliance.
+    #[arg(long, value_name = "DIR", env = "SECMON_APPLIANCE", hide_env = true)]
+    pub image: Option<PathBuf>,
+
+    /// KVM or emulation, instead of what is found to work
+    #[arg(long, value_name = "KIND", value_enum)]
+    pub accelerator: Option<AcceleratorKind>,
+
+    /// A kernel that is no image's, for tests
     #[arg(long, value_name = "FILE", hide = true, requires = "initramfs")]
     pub kernel: Option<PathBuf>,
 
-    /// The appliance's initramfs, instead of the one that `monitor build` made
+    /// An initial file system that is no image's, for tests
     #[arg(long, value_name = "FILE", hide = true, requires = "kernel")]
     pub initramfs: Option<PathBuf>,
+}
+
+/// What can run a monitoring VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AcceleratorKind {
+    /// The processor's own virtualization
+    Kvm,
+    /// QEMU's emulation
+    Tcg,
+}
+
+impl From<AcceleratorKind> for Accelerator {
+    fn from(kind: AcceleratorKind) -> Self {
+        match kind {
+            AcceleratorKind::Kvm => Self::Kvm,
+            AcceleratorKind::Tcg => Self::Tcg,
+        }
+    }
 }

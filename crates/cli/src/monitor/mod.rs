@@ -8,11 +8,12 @@ pub mod remote;
 mod status;
 
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use secmon_guest::{Kind, Value};
+use secmon_monitor::appliance::{Image, KERNEL_ARGUMENTS};
 use secmon_monitor::launch::run_directory::RunDirectory;
 use secmon_monitor::launch::target::TargetName;
 use secmon_monitor::launch::up::{self, AbsentTargets, Origin, Up, UpOptions};
@@ -26,9 +27,17 @@ use arguments::{MonitorCommand, UpArguments};
 /// The RAM of a monitoring VM, in MiB.
 const MEMORY_MIB: u32 = 128;
 
-/// What the monitoring VM's kernel is told: its console, and to end instead of
-/// hanging when it fails.
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
+/// What the monitoring VM's kernel is told besides what its image says: the
+/// timer's check compares interrupts with the processor's speed, and panics on
+/// a host that is too loaded to emulate both evenly.
+const KERNEL_ARGUMENT: &str = "no_timer_check";
+
+/// Where an image is looked for if none is named.
+const IMAGES: [&str; 3] = [
+    "secmon-appliance",
+    "/var/lib/secmon/appliance",
+    "/usr/lib/secmon/appliance",
+];
 
 /// A target behind a monitor, `monitor:NAME` or `monitor:NAME/TARGET`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,9 +119,7 @@ fn the_one(name: Option<&MonitorName>) -> Result<MonitorName> {
 }
 
 fn up(arguments: &UpArguments, format: Format, reporter: Reporter) -> Result<()> {
-    let (Some(kernel), Some(initramfs)) = (&arguments.kernel, &arguments.initramfs) else {
-        bail!("no appliance: name one with --kernel and --initramfs");
-    };
+    let boot = boot(arguments)?;
     let targets: Result<Vec<TargetName>, _> =
         arguments.target.iter().map(|text| text.parse()).collect();
     let targets = targets.advise("`secmon targets` lists the QEMUs that run here")?;
@@ -129,13 +136,53 @@ fn up(arguments: &UpArguments, format: Format, reporter: Reporter) -> Result<()>
             AbsentTargets::Refused
         },
         program: arguments.qemu.clone(),
-        kernel: std::fs::canonicalize(kernel)?,
-        initramfs: std::fs::canonicalize(initramfs)?,
+        accelerator: arguments.accelerator.map(Into::into),
+        kernel: canonical(&boot.kernel)?,
+        initramfs: canonical(&boot.initramfs)?,
         memory_mib: MEMORY_MIB,
-        kernel_arguments: KERNEL_ARGUMENTS.to_owned(),
+        kernel_arguments: boot.arguments,
     };
     let up = up::up(&options)?;
     show_up(&options.name, &up, format, reporter)
+}
+
+/// What a monitoring VM boots.
+struct Boot {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    arguments: String,
+}
+
+fn boot(arguments: &UpArguments) -> Result<Boot> {
+    if let (Some(kernel), Some(initramfs)) = (&arguments.kernel, &arguments.initramfs) {
+        return Ok(Boot {
+            kernel: kernel.clone(),
+            initramfs: initramfs.clone(),
+            arguments: format!("{KERNEL_ARGUMENTS} {KERNEL_ARGUMENT}"),
+        });
+    }
+    let found = || {
+        IMAGES
+            .map(PathBuf::from)
+            .into_iter()
+            .find(|path| path.is_dir())
+    };
+    let Some(folder) = arguments.image.clone().or_else(found) else {
+        return Err(anyhow!("there is no image of the monitoring VM here")).advise(
+            "make one with `secmon monitor build`, or name its folder with --image or SECMON_APPLIANCE",
+        );
+    };
+    let image = Image::open(&folder)
+        .with_context(|| format!("the monitoring VM's image {}", folder.display()))?;
+    Ok(Boot {
+        kernel: image.kernel(),
+        initramfs: image.initramfs(),
+        arguments: format!("{} {KERNEL_ARGUMENT}", image.manifest.kernel_arguments),
+    })
+}
+
+fn canonical(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path).with_context(|| format!("looking for {}", path.display()))
 }
 
 /// The first target's name, as far as it can name a monitor.

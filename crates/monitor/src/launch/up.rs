@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use secmon_channel::{KeyError, KeyPair};
 
 use super::account::{Account, AccountError};
-use super::command_line::MAX_TARGETS;
+use super::command_line::{Accelerator, MAX_TARGETS};
 use super::emulator::{Emulator, EmulatorError};
 use super::process::ProcessRecord;
 use super::run_directory::{self, RunDirectory, RunDirectoryError};
@@ -35,6 +35,8 @@ pub struct UpOptions {
     pub absent: AbsentTargets,
     /// QEMU, if not the installed one.
     pub program: Option<PathBuf>,
+    /// What runs the VM, if that is not to be found out.
+    pub accelerator: Option<Accelerator>,
     /// The appliance's kernel.
     pub kernel: PathBuf,
     /// The appliance's initramfs.
@@ -202,9 +204,11 @@ fn start(options: &UpOptions, directory: &RunDirectory) -> Result<Up, UpError> {
     } else {
         None
     };
+    let cache = run_directory::base()?.join(".cache");
+    let tried = || emulator.accelerator(&options.kernel, &cache);
     let settings = Settings {
         targets: options.targets.clone(),
-        accelerator: emulator.accelerator(&options.kernel, &run_directory::base()?.join(".cache")),
+        accelerator: options.accelerator.unwrap_or_else(tried),
         reconnect: emulator.reconnect(),
         program: emulator.program,
         memory_mib: options.memory_mib,
