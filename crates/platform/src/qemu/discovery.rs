@@ -224,12 +224,12 @@ fn reach(id: ProcessId, command_line: &CommandLine) -> Reach {
     let shared = command_line
         .main_blocks()
         .and_then(|blocks| match blocks.as_slice() {
-            [(_, size)] => mappings.iter().find_map(|mapping| {
-                let (file, _) = locate::shared_file(&mappings, mapping.start, *size)?;
+            [(_, size)] => {
+                let (file, _) = locate::shared_ram(&mappings, command_line, *size)?;
                 Some(PathBuf::from(
                     String::from_utf8_lossy(&file.path).into_owned(),
                 ))
-            }),
+            }
             _ => None,
         });
     if let Some(path) = shared {

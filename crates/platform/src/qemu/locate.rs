@@ -20,6 +20,9 @@
 //!
 //! Checked with QEMU 7.2, 10.0 and 11.1.
 
+use std::os::unix::ffi::OsStrExt;
+
+use super::command_line::CommandLine;
 use super::memory::ForeignMemory;
 use super::process::Mapping;
 
@@ -203,6 +206,36 @@ pub(super) fn shared_file(
         .then_some((mapping, offset))
 }
 
+/// The mapping of a file that is the guest's one block of RAM, and where in the
+/// file RAM begins, by the mappings and the command line alone.
+///
+/// RAM is written by its guest: a file that is only read is a device's, as the
+/// RAM of a target in the QEMU of its monitoring VM; so is one that the
+/// command line gives to a device.
+pub(super) fn shared_ram<'a>(
+    mappings: &'a [Mapping],
+    command_line: &CommandLine,
+    ram_size: u64,
+) -> Option<(&'a Mapping, u64)> {
+    let ours = command_line.memory_backend.as_ref();
+    let of_device = |mapping: &Mapping| {
+        let mut others = command_line.backends.iter().filter(|backend| {
+            Some(&backend.id) != ours && !command_line.numa_backends.contains(&backend.id)
+        });
+        others.any(|backend| {
+            let path = backend
+                .path
+                .as_ref()
+                .map(|path| path.as_os_str().as_bytes());
+            path == Some(&mapping.path)
+        })
+    };
+    mappings
+        .iter()
+        .filter(|mapping| mapping.writable && !of_device(mapping))
+        .find_map(|mapping| shared_file(mappings, mapping.start, ram_size))
+}
+
 /// Whether all of `host_address..+length` is readable and writable memory of
 /// the process, as guest RAM is.
 pub(super) fn is_writable(mappings: &[Mapping], host_address: u64, length: u64) -> bool {
@@ -383,6 +416,30 @@ mod tests {
             ..file
         };
         assert!(shared_file(&[private], 0x10_2000, 0x1000).is_none());
+    }
+
+    #[test]
+    fn a_file_of_a_device_is_not_ram() {
+        let line = |text: &str| {
+            let words: Vec<_> = text
+                .split(' ')
+                .map(|word| word.as_bytes().to_vec())
+                .collect();
+            CommandLine::parse(&words)
+        };
+        let file = |path: &str, permissions| Mapping {
+            inode: 5,
+            path: path.into(),
+            ..mapping(0x10_0000, 0x20_0000, permissions)
+        };
+        let plain = line("qemu-system-x86_64 -m 1M");
+        let writable = [file("/ram", "rws")];
+        assert!(shared_ram(&writable, &plain, MIB).is_some());
+        assert_eq!(shared_ram(&[file("/ram", "rs")], &plain, MIB), None);
+        let device = line(
+            "qemu-system-x86_64 -m 1M -object memory-backend-file,id=t,size=1M,mem-path=/ram,share=on -device ivshmem-plain,memdev=t",
+        );
+        assert_eq!(shared_ram(&writable, &device, MIB), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::discovery::QemuProcess;
 use super::locate;
-use super::process::{self, Mapping};
+use super::process;
 use crate::layout::{Machine, RamLayout};
 
 /// What kind of file the RAM is.
@@ -97,7 +97,8 @@ impl RamFile {
             });
         };
         let mappings = process::mappings(pid).map_err(failed("reading its memory map"))?;
-        let Some((mapping, offset)) = shared_mapping(&mappings, *ram_size) else {
+        let Some((mapping, offset)) = locate::shared_ram(&mappings, &qemu.command_line, *ram_size)
+        else {
             return Err(RamFileError::NotShared { pid });
         };
         if offset != 0 {
@@ -161,12 +162,4 @@ impl RamFile {
             Err(io::ErrorKind::NotFound.into())
         }
     }
-}
-
-/// The one shared and writable mapping of a file that is as long as RAM.
-fn shared_mapping(mappings: &[Mapping], ram_size: u64) -> Option<(&Mapping, u64)> {
-    mappings
-        .iter()
-        .filter(|mapping| mapping.writable)
-        .find_map(|mapping| locate::shared_file(mappings, mapping.start, ram_size))
 }
