@@ -153,11 +153,18 @@ fn compare(emulator: Emulator, suite: Suite, paging: Paging, vcpus: u32) -> Resu
     guest.while_stopped(|control| control.dump(&core, DumpFormat::Elf))?;
     let after = Truth::ask(&guest)?;
     let dump = open::image(&core)?;
-    let rows = compare::read_all(&dump.guest())?;
+    let dumped = dump.guest();
+    let rows = compare::read_all(&dumped)?;
     expect_none(
         "from a dump",
         &compare::differences(&between, &rows, &after)?,
-    )
+    )?;
+    // References are counted before they are used and after: at no moment of
+    // a sound guest is there one too many.
+    let diagnostics = dumped.diagnostics().list().into_iter();
+    let wrong = diagnostics.filter(|told| told.table == "files");
+    let wrong: Vec<_> = wrong.map(|told| format!("{told:?}")).collect();
+    expect_none("diagnostics of a sound guest", &wrong)
 }
 
 macro_rules! configurations {

@@ -262,10 +262,15 @@ impl Files {
             .unwrap_or((file.path, file.inode))
     }
 
-    /// Whether the file is on a mount that the kernel made for itself of a file
-    /// system which is for all, as a stacked file system does for its layers.
-    /// No descriptor leads to such a file.
+    /// Whether the kernel opened the file for itself, as a stacked file system
+    /// opens those of its layers: on a mount of its own of a file system which
+    /// is for all, or, until 6.4, under the path of another inode. No
+    /// descriptor leads to such a file.
     pub fn is_private(&self, guest: &Guest, file: &OpenFile, inode: &Inode) -> bool {
+        let named = self.paths.inode_of(guest, file.path.dentry);
+        if named.is_some_and(|named| named != file.inode) {
+            return true;
+        }
         self.paths.is_kernel_mount(guest, file.path.mount)
             && guest
                 .number(inode.superblock, &self.device.flags)
