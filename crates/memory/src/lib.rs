@@ -9,6 +9,7 @@
 //! This crate knows nothing of guests, hypervisors or file formats.
 
 mod address;
+mod buffer;
 mod cache;
 mod heap;
 mod mapped;
@@ -19,6 +20,7 @@ mod tlb;
 mod volatile;
 
 pub use address::{PAGE_SIZE, PhysicalAddress, VirtualAddress};
+pub use buffer::Buffer;
 pub use cache::{CachedMemory, Freshness};
 pub use heap::HeapMemory;
 pub use mapped::{MapError, MappedMemory};

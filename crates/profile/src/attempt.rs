@@ -177,7 +177,7 @@ impl<'a> Attempt<'a> {
                 continue;
             };
             let location = stored.location;
-            let symbols = location.symbols(&self.image, raw, Some(stored.slots));
+            let symbols = location.symbols(&self.image, raw, stored.slots);
             if let Ok(symbols) = symbols
                 && locate::fits(&self.image, &symbols)
             {
@@ -224,7 +224,7 @@ impl<'a> Attempt<'a> {
             build_id,
             build_id_at,
             digest: raw.digest(),
-            slots: profile.symbols.index().to_vec(),
+            slots: profile.symbols.index().clone(),
             location,
         };
         let outcome = folder.store(&stored);
@@ -421,7 +421,7 @@ impl<'a> Attempt<'a> {
                 break;
             };
             budget = left;
-            let other = self.image.bytes(other).map(Types::parse);
+            let other = self.image.buffer(other).map(Types::parse);
             if let Some(Ok(_)) = other {
                 let other = format!("types at {}", self.image.address(*offset));
                 let why = "the kernel's symbols lead there";
@@ -436,7 +436,7 @@ impl<'a> Attempt<'a> {
             };
             return Err(ProfileError::DamagedBtf { address, source });
         }
-        let Some(bytes) = self.image.bytes(range) else {
+        let Some(bytes) = self.image.buffer(range) else {
             let reason = "a page of it is missing".to_owned();
             return Err(ProfileError::UnreadableBtf { address, reason });
         };

@@ -21,15 +21,19 @@ use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
+use secmon_memory::Buffer;
+
 use crate::locate::{Encoding, Location};
+use crate::part::{Part, Words};
 use crate::symbols::index_length;
 use crate::{BuildId, Cache};
 
 /// The start of a file; the last byte is the version of the format.
-const MAGIC: [u8; 8] = *b"SecMonP\x01";
+const MAGIC: [u8; 8] = *b"SecMonP\x02";
 const DIGEST: usize = 32;
 /// More than any profile: a distribution's 7.2 takes 2 MiB.
 const MAXIMUM_FILE: u64 = 32 << 20;
@@ -116,7 +120,7 @@ pub(crate) struct Stored {
     /// Over the guest's names, markers and tokens.
     pub digest: [u8; DIGEST],
     /// The hash table of the names.
-    pub slots: Vec<u32>,
+    pub slots: Words,
 }
 
 /// A file of the folder, by its name alone.
@@ -168,11 +172,10 @@ impl Folder {
         if length > MAXIMUM_FILE {
             return Err(CacheError::TooLong { length });
         }
-        let mut bytes = Vec::with_capacity(length as usize);
-        Read::by_ref(&mut file)
-            .take(MAXIMUM_FILE)
-            .read_to_end(&mut bytes)?;
-        let stored = Stored::decode(&bytes)?;
+        // Who writes a file writes a new one, so its length stands.
+        let mut bytes = Buffer::zeroed(length as usize);
+        file.read_exact(&mut bytes)?;
+        let stored = Stored::decode(&Arc::new(bytes))?;
         if stored.build_id != listed.build_id || stored.build_id_at != listed.build_id_at {
             return Err(CacheError::Content("it is not of the build its name says"));
         }
@@ -293,7 +296,7 @@ impl Stored {
             Encoding::AbsolutePerCpu(base) => (2, *base),
             Encoding::PlaceRelative => (3, 0),
         };
-        let mut body = Vec::with_capacity(256 + self.slots.len() * 4);
+        let mut body = Vec::with_capacity(256 + self.slots.bytes().len());
         body.extend_from_slice(&self.digest);
         for number in [
             self.build_id.as_bytes().len() as u64,
@@ -312,9 +315,7 @@ impl Stored {
             body.extend_from_slice(&number.to_le_bytes());
         }
         body.extend_from_slice(self.build_id.as_bytes());
-        for slot in &self.slots {
-            body.extend_from_slice(&slot.to_le_bytes());
-        }
+        body.extend_from_slice(self.slots.bytes());
         let mut bytes = Vec::with_capacity(MAGIC.len() + DIGEST + body.len());
         bytes.extend_from_slice(&MAGIC);
         bytes.extend_from_slice(blake3::hash(&body).as_bytes());
@@ -323,7 +324,8 @@ impl Stored {
     }
 
     /// Reads a file's content.
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, CacheError> {
+    pub(crate) fn decode(file: &Arc<Buffer>) -> Result<Self, CacheError> {
+        let bytes: &[u8] = file;
         let (magic, rest) = bytes.split_first_chunk().ok_or(CacheError::Magic)?;
         if *magic != MAGIC {
             return Err(CacheError::Magic);
@@ -363,12 +365,11 @@ impl Stored {
             .and_then(|length| rest.split_at_checked(length))
             .ok_or(CacheError::Length)?;
         let build_id = BuildId::new(build_id).ok_or(CacheError::Content("the build id"))?;
-        let (slots, after) = slots.as_chunks::<4>();
-        if !after.is_empty() || slots.len() != index_length(count as usize) {
+        if index_length(count as usize).checked_mul(4) != Some(slots.len()) {
             return Err(CacheError::Length);
         }
-        let slots: Vec<u32> = slots.iter().map(|slot| u32::from_le_bytes(*slot)).collect();
-        if !is_permutation(&slots, count) {
+        let slots = Words::from(Part::new(file, bytes.len() - slots.len()..bytes.len()));
+        if !fits(&slots, count) {
             return Err(CacheError::Content("the index of names"));
         }
         Ok(Self {
@@ -389,21 +390,17 @@ impl Stored {
     }
 }
 
-/// Whether each of `count` symbols is in `slots` once.
-fn is_permutation(slots: &[u32], count: u32) -> bool {
-    let mut seen = vec![false; count as usize];
-    let mut symbols = 0;
-    for slot in slots {
-        let Some(number) = slot.checked_sub(1) else {
-            continue;
-        };
-        symbols += 1;
-        match seen.get_mut(number as usize) {
-            Some(seen) if !*seen => *seen = true,
-            _ => return false,
-        }
+/// Whether `slots` hold as many symbols as there are, and no others. That each
+/// is there once would take longer to see than all else of the file; if one is
+/// missing it is not found, as after any other change by whoever could also
+/// mend the checksum.
+fn fits(slots: &Words, count: u32) -> bool {
+    let (mut symbols, mut highest) = (0_u32, 0);
+    for slot in slots.iter() {
+        symbols += u32::from(slot != 0);
+        highest = highest.max(slot);
     }
-    symbols == count
+    symbols == count && highest <= count
 }
 
 #[cfg(test)]
@@ -414,7 +411,7 @@ mod tests {
 
     fn sample(seed: u8) -> Stored {
         let count = 20;
-        let mut slots = vec![0; index_length(count)];
+        let mut slots = vec![0_u32; index_length(count)];
         for (number, slot) in slots.iter_mut().take(count).enumerate() {
             *slot = number as u32 + 1;
         }
@@ -431,8 +428,12 @@ mod tests {
                 encoding: Encoding::AbsolutePerCpu(700),
             },
             digest: [seed; DIGEST],
-            slots,
+            slots: slots.into(),
         }
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Stored, CacheError> {
+        Stored::decode(&Arc::new(bytes.to_vec().into()))
     }
 
     fn folder() -> (tempfile::TempDir, Folder) {
@@ -459,12 +460,12 @@ mod tests {
     fn refuses_every_cut_and_change() {
         let bytes = sample(1).encode();
         for length in 0..bytes.len() {
-            assert!(Stored::decode(&bytes[..length]).is_err(), "{length}");
+            assert!(decode(&bytes[..length]).is_err(), "{length}");
         }
         for position in 0..bytes.len() {
             let mut changed = bytes.clone();
             changed[position] ^= 0x10;
-            assert!(Stored::decode(&changed).is_err(), "{position}");
+            assert!(decode(&changed).is_err(), "{position}");
         }
     }
 
@@ -535,7 +536,7 @@ mod tests {
             }
             let checksum = blake3::hash(&bytes[start..]);
             bytes[MAGIC.len()..start].copy_from_slice(checksum.as_bytes());
-            let _ = Stored::decode(&bytes);
+            let _ = decode(&bytes);
         }
     }
 }

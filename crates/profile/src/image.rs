@@ -1,13 +1,16 @@
 //! The kernel's image as bytes: it lies in one run of physical memory.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use memchr::memmem::Finder;
 use secmon_memory::{
-    AddressSpace, PAGE_SIZE, PhysicalAddress, PhysicalMemory, PhysicalReadError, VirtualAddress,
+    AddressSpace, Buffer, PAGE_SIZE, PhysicalAddress, PhysicalMemory, PhysicalReadError,
+    VirtualAddress,
 };
 
 use crate::KernelImage;
+use crate::part::Part;
 
 /// Bytes searched at once: they stay in the processor's cache.
 const CHUNK: usize = 256 << 10;
@@ -73,6 +76,42 @@ impl<'a> Image<'a> {
         let mut bytes = vec![0; usize::try_from(length).ok()?];
         self.read(range.start, &mut bytes).ok()?;
         Some(bytes)
+    }
+
+    /// The bytes of `range`, for a copy of megabytes.
+    pub(crate) fn buffer(&self, range: Range<u64>) -> Option<Buffer> {
+        let length = range.end.checked_sub(range.start)?;
+        if range.end > self.place.size {
+            return None;
+        }
+        let mut bytes = Buffer::zeroed(usize::try_from(length).ok()?);
+        self.read(range.start, &mut bytes).ok()?;
+        Some(bytes)
+    }
+
+    /// The bytes of several ranges, in one buffer for all.
+    pub(crate) fn parts<const COUNT: usize>(
+        &self,
+        ranges: [Range<u64>; COUNT],
+    ) -> Option<[Part; COUNT]> {
+        let mut total = 0_usize;
+        let mut places = ranges.each_ref().map(|_| 0..0);
+        for (range, place) in ranges.iter().zip(&mut places) {
+            let length = range.end.checked_sub(range.start)?;
+            if range.end > self.place.size {
+                return None;
+            }
+            let end = total.checked_add(usize::try_from(length).ok()?)?;
+            *place = total..end;
+            total = end;
+        }
+        let mut buffer = Buffer::zeroed(total);
+        for (range, place) in ranges.iter().zip(&places) {
+            self.read(range.start, buffer.get_mut(place.clone())?)
+                .ok()?;
+        }
+        let buffer = Arc::new(buffer);
+        Some(places.map(|place| Part::new(&buffer, place)))
     }
 
     /// The 8-byte integer at a run-time address.

@@ -12,12 +12,17 @@
 
 use std::ops::Range;
 
+use crate::part::{Part, Words};
+
 /// More symbols than any kernel has (a distribution's 7.2: 200,000).
 pub(crate) const MAXIMUM_SYMBOLS: usize = 1 << 21;
 /// The longest name, kind included (`KSYM_NAME_LEN`: 128, from 6.1 on 512).
 const MAXIMUM_NAME: usize = 512;
 /// All names unpacked. A distribution's 7.2 has 6 MiB.
 const MAXIMUM_TEXT: usize = 64 << 20;
+/// More symbols of one name than any kernel has (`__func__.0` in a
+/// distribution's 6.12: 458), and of slots in a row that are full.
+pub(crate) const MAXIMUM_NAMESAKES: usize = 4096;
 /// The number of symbols between two markers.
 pub(crate) const MARKER_DISTANCE: usize = 256;
 
@@ -59,6 +64,10 @@ pub enum KallsymsError {
     /// The names unpack to more text than any kernel's.
     #[error("the names unpack to more than {MAXIMUM_TEXT} bytes")]
     TooLong,
+    /// More symbols of one name, or of names with one hash, than any kernel
+    /// has.
+    #[error("more symbols share one name or its hash than the {MAXIMUM_NAMESAKES} accepted")]
+    Namesakes,
 }
 
 /// How the address of a symbol is encoded.
@@ -72,7 +81,7 @@ pub(crate) enum Offsets {
         /// `kallsyms_relative_base` as the kernel has relocated it.
         base: u64,
         /// The table as it was read.
-        offsets: Vec<u32>,
+        offsets: Words,
     },
     /// 4 signed bytes: a per-CPU symbol's offset if not negative, else the
     /// complement of the distance from a base
@@ -81,7 +90,7 @@ pub(crate) enum Offsets {
         /// `kallsyms_relative_base` as the kernel has relocated it.
         base: u64,
         /// The table as it was read.
-        offsets: Vec<u32>,
+        offsets: Words,
     },
     /// 4 signed bytes: the distance from the place of the entry itself (from
     /// 7.0 on).
@@ -89,7 +98,7 @@ pub(crate) enum Offsets {
         /// The run-time address of the first entry.
         place: u64,
         /// The table as it was read.
-        offsets: Vec<u32>,
+        offsets: Words,
     },
 }
 
@@ -115,7 +124,7 @@ impl Offsets {
         Some(match self {
             Self::Absolute(addresses) => *addresses.get(number)?,
             Self::BaseRelative { base, offsets } => {
-                base.wrapping_add(u64::from(*offsets.get(number)?))
+                base.wrapping_add(u64::from(offsets.get(number)?))
             }
             Self::AbsolutePerCpu { base, offsets } => {
                 let offset = i64::from(offsets.get(number)?.cast_signed());
@@ -184,7 +193,7 @@ impl Tokens {
 /// The names of a symbol table, walked once.
 #[derive(Debug)]
 pub(crate) struct Names {
-    bytes: Vec<u8>,
+    bytes: Part,
     /// Where the name of each 256th symbol starts.
     markers: Vec<u32>,
     tokens: Tokens,
@@ -194,7 +203,7 @@ pub(crate) struct Names {
 impl Names {
     /// Checks `count` names against their markers.
     pub(crate) fn parse(
-        mut bytes: Vec<u8>,
+        bytes: impl Into<Part>,
         count: usize,
         markers: Vec<u32>,
         tokens: Tokens,
@@ -202,13 +211,26 @@ impl Names {
         if count > MAXIMUM_SYMBOLS {
             return Err(KallsymsError::TooMany { count });
         }
+        let mut bytes = bytes.into();
         bytes.truncate(walk_names(&bytes, count, &markers)?);
-        Ok(Self {
+        Ok(Self::parsed_before(bytes, count, markers, tokens))
+    }
+
+    /// Names that [`parse`](Self::parse) has accepted before, to a byte. Of
+    /// others some are not found or wrong, and nothing worse: every length is
+    /// checked again where a name is unpacked.
+    pub(crate) fn parsed_before(
+        bytes: Part,
+        count: usize,
+        markers: Vec<u32>,
+        tokens: Tokens,
+    ) -> Self {
+        Self {
             bytes,
             markers,
             tokens,
             count,
-        })
+        }
     }
 
     /// Names from elsewhere, uncompressed, each with its kind.
@@ -435,19 +457,19 @@ mod tests {
         let base = 0xffff_ffff_8100_0000_u64;
         let per_cpu = Offsets::AbsolutePerCpu {
             base,
-            offsets: vec![0, 0x1_f000, u32::MAX, u32::MAX - 0x40],
+            offsets: vec![0, 0x1_f000, u32::MAX, u32::MAX - 0x40].into(),
         };
         assert_eq!(per_cpu.get(1), Some(0x1_f000));
         assert_eq!(per_cpu.get(2), Some(base));
         assert_eq!(per_cpu.get(3), Some(base + 0x40));
         let relative = Offsets::BaseRelative {
             base,
-            offsets: vec![0, 0xf000_0000],
+            offsets: vec![0, 0xf000_0000].into(),
         };
         assert_eq!(relative.get(1), Some(base.wrapping_add(0xf000_0000)));
         let place = Offsets::PlaceRelative {
             place: base + 0x100,
-            offsets: vec![0, 0_u32.wrapping_sub(0x104)],
+            offsets: vec![0, 0_u32.wrapping_sub(0x104)].into(),
         };
         assert_eq!(place.get(0), Some(base + 0x100));
         assert_eq!(place.get(1), Some(base));

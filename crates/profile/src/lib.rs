@@ -45,6 +45,7 @@ mod kernel;
 mod locate;
 mod module;
 mod notes;
+mod part;
 mod profile;
 mod rivals;
 mod symbols;
@@ -74,6 +75,8 @@ pub use types::{
 /// calls.
 #[doc(hidden)]
 pub mod fuzzing {
+    use std::sync::Arc;
+
     use crate::kallsyms::{MARKER_DISTANCE, Names, Tokens};
 
     /// Writes types as an ISF document has them.
@@ -88,7 +91,7 @@ pub mod fuzzing {
 
     /// Reads a file of the profile cache.
     pub fn cache_file(bytes: &[u8]) {
-        let _ = crate::cache::Stored::decode(bytes);
+        let _ = crate::cache::Stored::decode(&Arc::new(bytes.to_vec().into()));
     }
 
     /// Reads symbol names: `bytes` holds the number of symbols, the token

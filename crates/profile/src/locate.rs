@@ -20,6 +20,7 @@ use crate::image::Image;
 use crate::kallsyms::{
     KallsymsError, MARKER_DISTANCE, MAXIMUM_SYMBOLS, Names, Offsets, Tokens, walk_names,
 };
+use crate::part::{Part, Words};
 use crate::symbols::{Symbols, index, numbers_of};
 
 /// The tokens of the digits, which no kernel does without.
@@ -65,12 +66,12 @@ pub(crate) struct Location {
 /// The bytes of a symbol table as the guest holds them, without what differs
 /// from one boot to the next.
 pub(crate) struct Raw {
-    pub names: Vec<u8>,
-    pub markers: Vec<u8>,
-    pub token_table: Vec<u8>,
-    pub token_index: Vec<u8>,
+    pub names: Part,
+    pub markers: Part,
+    pub token_table: Part,
+    pub token_index: Part,
     /// Empty if addresses are absolute: then the kernel relocates them.
-    pub offsets: Vec<u8>,
+    pub offsets: Part,
 }
 
 /// Why a location can't be read as a symbol table.
@@ -109,24 +110,32 @@ impl Location {
         {
             return None;
         }
-        let count = u64::from(self.count);
-        let part = |start: u64, length: u64| image.bytes(start..start.checked_add(length)?);
-        let markers = count.div_ceil(MARKER_DISTANCE as u64);
+        let part = |start: u64, length: u64| Some(start..start.checked_add(length)?);
+        let markers = u64::from(self.count).div_ceil(MARKER_DISTANCE as u64);
+        let ranges = [
+            self.names.clone(),
+            part(self.markers, markers * 4)?,
+            self.token_table.clone(),
+            part(self.token_index, 512)?,
+            self.offsets_range()?,
+        ];
+        let [names, markers, token_table, token_index, offsets] = image.parts(ranges)?;
         Some(Raw {
-            names: image.bytes(self.names.clone())?,
-            markers: part(self.markers, markers * 4)?,
-            token_table: image.bytes(self.token_table.clone())?,
-            token_index: part(self.token_index, 512)?,
-            offsets: self.read_offsets(image)?,
+            names,
+            markers,
+            token_table,
+            token_index,
+            offsets,
         })
     }
 
-    fn read_offsets(&self, image: &Image<'_>) -> Option<Vec<u8>> {
+    /// Where the addresses are, if they are not absolute.
+    fn offsets_range(&self) -> Option<Range<u64>> {
         if self.encoding == Encoding::Absolute {
-            return Some(Vec::new());
+            return Some(0..0);
         }
         let end = self.offsets.checked_add(u64::from(self.count) * 4)?;
-        image.bytes(self.offsets..end)
+        Some(self.offsets..end)
     }
 
     /// The address of one symbol, without copying all.
@@ -140,7 +149,7 @@ impl Location {
         let place = self.offsets.checked_add(number.checked_mul(4)?)?;
         let mut bytes = [0; 4];
         image.read(place, &mut bytes).ok()?;
-        let offsets = vec![u32::from_le_bytes(bytes)];
+        let offsets = vec![u32::from_le_bytes(bytes)].into();
         let one = match self.encoding {
             Encoding::Absolute => return None,
             Encoding::BaseRelative(base_at) => Offsets::BaseRelative {
@@ -160,9 +169,9 @@ impl Location {
     }
 
     /// The addresses, for the boot that the image is of.
-    fn addresses(&self, image: &Image<'_>, offsets: &[u8]) -> Option<Offsets> {
+    fn addresses(&self, image: &Image<'_>, offsets: Part) -> Option<Offsets> {
         let base = |offset| image.read_u64(image.address(offset));
-        let offsets = words(offsets);
+        let offsets = offsets.into();
         Some(match self.encoding {
             Encoding::Absolute => {
                 let end = self.offsets.checked_add(u64::from(self.count) * 8)?;
@@ -185,33 +194,31 @@ impl Location {
         })
     }
 
-    /// Makes symbols of the parts that [`read`](Self::read) copied, with an
-    /// index of the names if one is at hand.
+    /// Makes symbols of the parts that [`read`](Self::read) copied and whose
+    /// digest is that of names which were parsed before, with the index of
+    /// these names.
     pub(crate) fn symbols(
         &self,
         image: &Image<'_>,
         raw: Raw,
-        slots: Option<Vec<u32>>,
+        slots: Words,
     ) -> Result<Symbols, LocationError> {
         let offsets = self
-            .addresses(image, &raw.offsets)
+            .addresses(image, raw.offsets)
             .ok_or(LocationError::Unreadable)?;
-        let tokens = tokens(raw.token_table, &raw.token_index)?;
-        let names = Names::parse(raw.names, offsets.len(), words(&raw.markers), tokens)?;
-        let slots = match slots {
-            Some(slots) => slots,
-            None => index(&names)?,
-        };
+        let tokens = tokens(&raw.token_table, &raw.token_index)?;
+        let markers = words(&raw.markers);
+        let names = Names::parsed_before(raw.names, offsets.len(), markers, tokens);
         Ok(Symbols::with_index(names, offsets, slots))
     }
 }
 
-fn tokens(text: Vec<u8>, index: &[u8]) -> Result<Tokens, LocationError> {
+fn tokens(text: &[u8], index: &[u8]) -> Result<Tokens, LocationError> {
     let mut places = [0; 256];
     for (place, bytes) in places.iter_mut().zip(index.as_chunks::<2>().0) {
         *place = u16::from_le_bytes(*bytes);
     }
-    Ok(Tokens::parse(text, &places)?)
+    Ok(Tokens::parse(text.to_vec(), &places)?)
 }
 
 fn words(bytes: &[u8]) -> Vec<u32> {
@@ -244,7 +251,7 @@ pub(crate) fn locate(image: &Image<'_>, digits: u64) -> Option<(Location, Symbol
         };
         let text = image.bytes(token_table.clone())?;
         let index_bytes = image.bytes(token_index..token_index + 512)?;
-        let tokens = tokens(text, &index_bytes).ok()?;
+        let tokens = tokens(&text, &index_bytes).ok()?;
         let count = names.count;
         let names_end = start + names.bytes.len() as u64;
         let parsed = Names::parse(names.bytes, count as usize, markers, tokens).ok()?;
@@ -267,8 +274,8 @@ pub(crate) fn locate(image: &Image<'_>, digits: u64) -> Option<(Location, Symbol
             })
             .max_by_key(|(score, _)| *score);
         if let Some((_, location)) = best {
-            let bytes = location.read_offsets(image)?;
-            let offsets = location.addresses(image, &bytes)?;
+            let [bytes] = image.parts([location.offsets_range()?])?;
+            let offsets = location.addresses(image, bytes)?;
             return Some((location, Symbols::with_index(parsed, offsets, slots)));
         }
     }
@@ -443,7 +450,7 @@ struct Anchors {
 }
 
 impl Anchors {
-    fn new(names: &Names, slots: &[u32]) -> Self {
+    fn new(names: &Names, slots: &Words) -> Self {
         let starts = ["_text", "_stext", "startup_64"];
         Self {
             starts: starts

@@ -5,11 +5,12 @@
 //! candidates. Only listings, and the search for the symbol nearest to an
 //! address, unpack all names, once.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use secmon_memory::VirtualAddress;
+use secmon_memory::{Buffer, VirtualAddress};
 
-use crate::kallsyms::{KallsymsError, NameHash, Names, Offsets};
+use crate::kallsyms::{KallsymsError, MAXIMUM_NAMESAKES, NameHash, Names, Offsets};
+use crate::part::{Part, Words};
 
 /// One symbol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,10 +31,10 @@ pub struct Symbols {
     names: Names,
     offsets: Offsets,
     /// Open addressing by name: symbol numbers plus one, 0 where empty. The
-    /// length is a power of two, at least a ninth of it empty.
-    slots: Vec<u32>,
+    /// length is a power of two, at least a third of it empty.
+    slots: Words,
     /// Symbol numbers by address, if they are not in that order already.
-    by_address: Option<Vec<u32>>,
+    by_address: OnceLock<Option<Vec<u32>>>,
     unpacked: OnceLock<Unpacked>,
 }
 
@@ -47,22 +48,29 @@ struct Unpacked {
 
 impl Symbols {
     /// The symbols of these names and addresses, as many of each, with an index
-    /// made by [`index`], maybe kept in a cache. One that does not fit makes lookups fail, nothing worse; the cache guards
-    /// against that.
-    pub(crate) fn with_index(names: Names, offsets: Offsets, slots: Vec<u32>) -> Self {
+    /// made by [`index`], maybe kept in a cache. One that does not fit makes
+    /// lookups fail, nothing worse; the cache guards against that.
+    pub(crate) fn with_index(names: Names, offsets: Offsets, slots: Words) -> Self {
         debug_assert_eq!(names.len(), offsets.len());
-        let by_address = (!offsets.are_sorted()).then(|| {
-            let mut numbers: Vec<u32> = (0..names.len() as u32).collect();
-            numbers.sort_by_key(|number| offsets.get(*number as usize));
-            numbers
-        });
         Self {
             names,
             offsets,
             slots,
-            by_address,
+            by_address: OnceLock::new(),
             unpacked: OnceLock::new(),
         }
+    }
+
+    /// Symbol numbers by address, if they are not in that order already.
+    fn by_address(&self) -> Option<&[u32]> {
+        let order = self.by_address.get_or_init(|| {
+            (!self.offsets.are_sorted()).then(|| {
+                let mut numbers: Vec<u32> = (0..self.len() as u32).collect();
+                numbers.sort_by_key(|number| self.offsets.get(*number as usize));
+                numbers
+            })
+        });
+        order.as_deref()
     }
 
     /// Symbols from a list, for sources other than the kernel's own tables.
@@ -103,8 +111,9 @@ impl Symbols {
     /// The last symbol at or below `address`, and the distance to it. It says
     /// nothing about whether the address belongs to that symbol.
     pub fn nearest(&self, address: VirtualAddress) -> Option<(SymbolRef<'_>, u64)> {
+        let order = self.by_address();
         let at = |position: usize| -> Option<u64> {
-            let number = match &self.by_address {
+            let number = match order {
                 Some(order) => *order.get(position)? as usize,
                 None => position,
             };
@@ -124,7 +133,7 @@ impl Symbols {
         while position > 0 && at(position - 1) == Some(found) {
             position -= 1;
         }
-        let number = match &self.by_address {
+        let number = match order {
             Some(order) => *order.get(position)? as usize,
             None => position,
         };
@@ -151,7 +160,7 @@ impl Symbols {
     }
 
     /// The index, to be kept in a cache.
-    pub(crate) fn index(&self) -> &[u32] {
+    pub(crate) fn index(&self) -> &Words {
         &self.slots
     }
 }
@@ -173,36 +182,50 @@ impl Unpacked {
 
 /// The length of the hash table for that many symbols.
 pub(crate) fn index_length(symbols: usize) -> usize {
-    (symbols + symbols / 8 + 1).next_power_of_two()
+    (symbols + symbols / 2 + 1).next_power_of_two()
 }
 
 /// The hash table of all names: see [`Symbols`].
 ///
 /// # Errors
-/// [`KallsymsError::TooLong`] if the names are longer than any kernel's.
-pub(crate) fn index(names: &Names) -> Result<Vec<u32>, KallsymsError> {
-    let mut slots = vec![0_u32; index_length(names.len())];
+/// [`KallsymsError::TooLong`] if the names are longer than any kernel's,
+/// [`KallsymsError::Namesakes`] if too many are the same.
+pub(crate) fn index(names: &Names) -> Result<Words, KallsymsError> {
+    let mut buffer = Buffer::zeroed(index_length(names.len()) * 4);
+    let slots = buffer.as_chunks_mut::<4>().0;
     let mask = slots.len() - 1;
-    let mut number = 0;
+    let mut number = 0_u32;
+    // A guest can choose names of equal hashes: with each of them behind all
+    // others there would be no end of it.
+    let mut crowded = false;
     names.hashes(|hash| {
-        let mut slot = hash as usize & mask;
-        while slots[slot] != 0 {
-            slot = (slot + 1) & mask;
-        }
         number += 1;
-        slots[slot] = number;
+        if crowded {
+            return;
+        }
+        let mut places =
+            (0..MAXIMUM_NAMESAKES).map(|step| (hash as usize).wrapping_add(step) & mask);
+        let empty = places.find(|place| slots[*place] == [0; 4]);
+        match empty {
+            Some(place) => slots[place] = number.to_le_bytes(),
+            None => crowded = true,
+        }
     })?;
-    Ok(slots)
+    if crowded {
+        return Err(KallsymsError::Namesakes);
+    }
+    let length = buffer.len();
+    Ok(Part::new(&Arc::new(buffer), 0..length).into())
 }
 
 /// The numbers of all symbols of that name.
-pub(crate) fn numbers_of(names: &Names, slots: &[u32], name: &str) -> Vec<usize> {
+pub(crate) fn numbers_of(names: &Names, slots: &Words, name: &str) -> Vec<usize> {
     let mut slot = hash(name) as usize;
     let mut found = Vec::new();
     let mut unpacked = Vec::new();
-    for _ in 0..slots.len() {
+    for _ in 0..slots.len().min(MAXIMUM_NAMESAKES) {
         slot &= slots.len() - 1;
-        let Some(number) = slots[slot].checked_sub(1) else {
+        let Some(number) = slots.get(slot).and_then(|number| number.checked_sub(1)) else {
             break;
         };
         if names.get(number as usize, &mut unpacked).is_some() && unpacked == name.as_bytes() {
@@ -271,8 +294,17 @@ mod tests {
         for slots in [vec![], vec![7; 16], vec![u32::MAX; 4]] {
             let names = Names::from_list(SAMPLE.iter().map(|(name, _, kind)| (*name, *kind)));
             let offsets = Offsets::Absolute(SAMPLE.map(|(_, address, _)| address).to_vec());
-            let symbols = Symbols::with_index(names.expect("a short list"), offsets, slots);
+            let symbols = Symbols::with_index(names.expect("a short list"), offsets, slots.into());
             assert_eq!(symbols.address("banner"), None);
         }
+    }
+
+    #[test]
+    fn namesakes_are_bounded() {
+        let list = |count| vec![("same".to_owned(), 1, 't'); count];
+        let symbols = Symbols::from_list(&list(MAXIMUM_NAMESAKES)).expect("as many as accepted");
+        assert_eq!(symbols.addresses("same").count(), MAXIMUM_NAMESAKES);
+        let refused = Symbols::from_list(&list(MAXIMUM_NAMESAKES + 1));
+        assert!(matches!(refused, Err(KallsymsError::Namesakes)));
     }
 }

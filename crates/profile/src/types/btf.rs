@@ -11,6 +11,8 @@
 
 use std::ops::Range;
 
+use secmon_memory::Buffer;
+
 use super::TypeError;
 
 /// The first two bytes of a blob, little-endian.
@@ -269,14 +271,22 @@ fn words<const WORDS: usize>(bytes: &[u8]) -> [u32; WORDS] {
     words
 }
 
+/// Records from one noted start to the next: few questions are asked of a blob,
+/// and each walks over these.
+const STRIDE: usize = 8;
+/// More than the longest name of a type or member.
+const MAXIMUM_STRING: usize = 4096;
+
 /// A blob whose records have been found and lie inside of it.
 #[derive(Debug)]
 pub(crate) struct Blob {
-    bytes: Vec<u8>,
+    bytes: Buffer,
     types: Range<usize>,
     strings: Range<usize>,
-    /// Where each record starts in the type section.
-    records: Vec<u32>,
+    /// Where each [`STRIDE`]th record starts in the type section.
+    starts: Vec<u32>,
+    /// How many records there are.
+    count: usize,
     /// The layout section's rows: fixed and per-element extra bytes by kind.
     layout: Vec<(u8, u8)>,
     signs_known: bool,
@@ -345,12 +355,12 @@ impl Blob {
     /// Takes `bytes` apart. `first_id` is the id of the first record (1, or
     /// for a module's blob the one after its base's last), for messages.
     ///
-    /// `each_name` is called with the name offset and index of every record
-    /// that stands for a type of its own and has a name.
+    /// `each_name` is called with the strings, and the name offset and index
+    /// of every record that stands for a type of its own and has a name.
     pub(crate) fn parse(
-        bytes: Vec<u8>,
+        bytes: Buffer,
         first_id: u32,
-        mut each_name: impl FnMut(u32, u32),
+        mut each_name: impl FnMut(&[u8], u32, u32),
     ) -> Result<Self, BtfError> {
         let length = bytes.len();
         if length > MAXIMUM_BTF_LENGTH {
@@ -373,12 +383,13 @@ impl Blob {
             .map(|row| (row[0], row[1]))
             .collect();
         let types = &bytes[header.types.clone()];
-        let mut records = Vec::with_capacity(types.len() / 24);
+        let mut starts = Vec::with_capacity(types.len() / (16 * STRIDE));
+        let mut count = 0;
         let mut signs_known = false;
         let mut offset = 0;
         while offset < types.len() {
             let error = |reason| BtfError::Type {
-                id: first_id.saturating_add(records.len() as u32),
+                id: first_id.saturating_add(count as u32),
                 offset,
                 reason,
             };
@@ -390,18 +401,21 @@ impl Blob {
             if let Some(kind) = Kind::new(kind_number(info)) {
                 signs_known |= kind == Kind::Enumeration && info >> 31 != 0;
                 if kind.is_named_type() && name_offset != 0 {
-                    each_name(name_offset, records.len() as u32);
+                    each_name(strings, name_offset, count as u32);
                 }
             }
-            records.push(offset as u32);
+            if count % STRIDE == 0 {
+                starts.push(offset as u32);
+            }
+            count += 1;
             offset += length;
         }
-        records.shrink_to_fit();
         Ok(Self {
             bytes,
             types: header.types,
             strings: header.strings,
-            records,
+            starts,
+            count,
             layout,
             signs_known,
         })
@@ -417,7 +431,7 @@ impl Blob {
 
     /// How many records there are.
     pub(crate) fn len(&self) -> usize {
-        self.records.len()
+        self.count
     }
 
     /// The bytes of strings.
@@ -432,8 +446,14 @@ impl Blob {
 
     /// The `index`th record.
     pub(crate) fn record(&self, index: usize) -> Option<Record<'_>> {
+        if index >= self.count {
+            return None;
+        }
         let types = self.bytes.get(self.types.clone())?;
-        let bytes = types.get(*self.records.get(index)? as usize..)?;
+        let mut bytes = types.get(*self.starts.get(index / STRIDE)? as usize..)?;
+        for _ in 0..index % STRIDE {
+            bytes = bytes.get(record_length(bytes, &self.layout).ok()?..)?;
+        }
         let [name_offset, info, size_or_type] = words(bytes.first_chunk::<12>()?);
         let length = record_length(bytes, &self.layout).ok()?;
         Some(Record {
@@ -448,7 +468,7 @@ impl Blob {
     /// The string at `offset` of the string section, without its zero byte.
     pub(crate) fn string(&self, offset: u32) -> Result<&[u8], TypeError> {
         let damaged = TypeError::Damaged {
-            reason: "a name lies outside of the string section",
+            reason: "a name lies outside of the string section or has no end",
         };
         let bytes = self
             .bytes
@@ -457,6 +477,7 @@ impl Blob {
         let Some(bytes) = bytes else {
             return Err(damaged);
         };
+        let bytes = bytes.get(..MAXIMUM_STRING).unwrap_or(bytes);
         let end = memchr::memchr(0, bytes).ok_or(damaged)?;
         Ok(&bytes[..end])
     }

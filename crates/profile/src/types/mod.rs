@@ -11,17 +11,21 @@
 mod btf;
 pub(crate) mod encode;
 pub(crate) mod export;
+mod names;
 mod path;
 mod resolve;
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use secmon_memory::Buffer;
+
 pub use btf::{BtfError, MAXIMUM_BTF_LENGTH};
 pub(crate) use btf::{HEADER_LENGTH, Header, Kind};
 
 use btf::Blob;
-use resolve::{Inner, Place, hash};
+use names::{NameIndex, hash_terminated};
+use resolve::{Inner, Place};
 
 /// Types of one name that are asked. Kernels have up to five.
 const MAXIMUM_NAMESAKES: usize = 64;
@@ -174,8 +178,8 @@ impl Types {
     ///
     /// # Errors
     /// [`BtfError`] if any record or section does not fit the blob.
-    pub fn parse(bytes: Vec<u8>) -> Result<Self, BtfError> {
-        Self::build(bytes, None)
+    pub fn parse(bytes: impl Into<Buffer>) -> Result<Self, BtfError> {
+        Self::build(bytes.into(), None)
     }
 
     /// Reads a module's BTF blob, whose ids and strings go on where those of
@@ -183,11 +187,11 @@ impl Types {
     ///
     /// # Errors
     /// [`BtfError`] if any record or section does not fit the blob.
-    pub fn parse_module(&self, bytes: Vec<u8>) -> Result<Self, BtfError> {
-        Self::build(bytes, Some(self.clone()))
+    pub fn parse_module(&self, bytes: impl Into<Buffer>) -> Result<Self, BtfError> {
+        Self::build(bytes.into(), Some(self.clone()))
     }
 
-    fn build(bytes: Vec<u8>, base: Option<Self>) -> Result<Self, BtfError> {
+    fn build(bytes: Buffer, base: Option<Self>) -> Result<Self, BtfError> {
         let (first_id, first_string) = base.as_ref().map_or((1, 0), |base| {
             let inner = &base.0;
             (
@@ -197,24 +201,29 @@ impl Types {
                     .saturating_add(inner.blob.string_length()),
             )
         });
-        let mut named = Vec::with_capacity(bytes.len() / 128);
-        let blob = Blob::parse(bytes, first_id, |name, index| named.push((name, index)))?;
-        let mut inner = Inner {
+        let mut names = NameIndex::new(bytes.len() / 160);
+        let blob = Blob::parse(bytes, first_id, |strings, name, record| {
+            // A name that can't be read can't be asked for either.
+            let hash = match &base {
+                Some(base) if name < first_string => {
+                    let name = base.0.string(name).ok();
+                    name.map(names::hash)
+                }
+                _ => strings
+                    .get(name.saturating_sub(first_string) as usize..)
+                    .and_then(hash_terminated),
+            };
+            if let Some(hash) = hash {
+                names.insert(hash, record);
+            }
+        })?;
+        Ok(Self(Arc::new(Inner {
             blob,
             base,
             first_id,
             first_string,
-            names: Vec::new(),
-        };
-        let mut names: Vec<(u32, u32)> = named
-            .into_iter()
-            // A name that can't be read can't be asked for either.
-            .filter_map(|(name, index)| Some((hash(inner.string(name).ok()?), index)))
-            .collect();
-        names.sort_unstable();
-        names.shrink_to_fit();
-        inner.names = names;
-        Ok(Self(Arc::new(inner)))
+            names,
+        })))
     }
 
     /// The BTF blob these types were read from, without its base.

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use super::btf::{Blob, Kind, Record};
+use super::names::NameIndex;
 use super::path::{Component, components};
 use super::{Member, TypeError, Types};
 
@@ -21,8 +22,8 @@ pub(super) struct Inner {
     pub(super) first_id: u32,
     /// The string offset where the blob's own strings start.
     pub(super) first_string: u32,
-    /// Hash of the name and index of the record, of all named types, sorted.
-    pub(super) names: Vec<(u32, u32)>,
+    /// The records of all named types.
+    pub(super) names: NameIndex,
 }
 
 /// What a path leads to, before it is described.
@@ -35,13 +36,11 @@ pub(super) struct Place {
 
 impl Inner {
     pub(super) fn named(&self, name: &str, wanted: Option<Kind>) -> Vec<u32> {
-        let key = hash(name.as_bytes());
-        let start = self.names.partition_point(|(hash, _)| *hash < key);
-        let mut found: Vec<(u8, u32)> = self.names[start..]
-            .iter()
-            .take_while(|(hash, _)| *hash == key)
-            .filter_map(|(_, index)| {
-                let record = self.blob.record(*index as usize)?;
+        let mut found: Vec<(u8, u32)> = self
+            .names
+            .candidates(name.as_bytes())
+            .filter_map(|index| {
+                let record = self.blob.record(index as usize)?;
                 let kind = match record.kind {
                     Kind::Enumeration64 => Kind::Enumeration,
                     kind => kind,
@@ -56,7 +55,7 @@ impl Inner {
                     Kind::Typedef => 1,
                     _ => 2,
                 };
-                Some((rank, self.first_id.checked_add(*index)?))
+                Some((rank, self.first_id.checked_add(index)?))
             })
             .collect();
         found.sort_unstable();
@@ -387,11 +386,4 @@ fn storage_unit(bit_offset: u64, bit_size: u8, size: u64) -> Result<(u64, u64, u
             reason: "a bit field of more than 64 bits",
         }),
     }
-}
-
-/// FNV-1a, 32 bits: names are short, and equal hashes are told apart by name.
-pub(super) fn hash(bytes: &[u8]) -> u32 {
-    bytes.iter().fold(0x811c_9dc5, |hash, byte| {
-        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
-    })
 }
