@@ -14,9 +14,9 @@ use serde_json::Value;
 /// Whole runs of each kind; the middle one counts.
 const RUNS: usize = 21;
 
-/// How far over its limit a value may be under `--check`, which runs among
-/// other tests on machines that others share.
-const CHECK_TOLERANCE: f64 = 3.0;
+/// How far over its limit a value may be under `--check`, which runs on
+/// machines that others share.
+const CHECK_TOLERANCE: f64 = 2.5;
 
 /// One line of the report.
 struct Line {
@@ -185,7 +185,8 @@ fn document(lines: &[Line]) -> Result<String> {
          Written by `cargo xtask bench`; do not edit. The image: 512 MiB of a Linux 6.12 guest with \
          1,000 tasks, raw, mapped. Reads and tables are Criterion's medians \
          (`benches/benches/`), whole runs the median of 21 processes, memory the largest \
-         `RssAnon` seen in any of them (`benches/src/process.rs`).\n\n",
+         `RssAnon` seen in any of them (`benches/src/process.rs`). A whole run uses a second thread \
+         while it reads types and while it makes rows.\n\n",
     );
     writeln!(text, "Machine: {}.\n", processor())?;
     writeln!(text, "| what | measured | limit |\n|---|---:|---:|")?;

@@ -90,6 +90,7 @@ impl Query {
             selection: Selection {
                 pids: (!options.pid.is_empty()).then(|| options.pid.clone()),
                 all_namespaces: options.all_namespaces,
+                ..Selection::default()
             },
         })
     }

@@ -12,11 +12,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use secmon_guest::Guest;
 use secmon_guest::linux::task;
 use secmon_guest::linux::user::UserMemory;
-use secmon_memory::{CachedMemory, Freshness, PhysicalMemory, Volatility};
+use secmon_memory::{
+    AddressSpace, CachedMemory, Freshness, MemoryRegion, PhysicalMemory, Volatility,
+};
 use secmon_platform::layout::{Machine, RamLayout};
 use secmon_platform::qemu::{Access, Pause, PauseError};
 use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
-use secmon_profile::{Cache, CacheOutcome, FindOptions, Search};
+use secmon_profile::{Cache, CacheOutcome, FindOptions, Kernel, Search};
 
 use crate::arguments::Common;
 use crate::command::RESUME_WATCH;
@@ -237,7 +239,8 @@ impl<'a> Session<'a> {
                 Search::Quick
             },
         };
-        let kernel = secmon_profile::find(source.memory(), &options)?;
+        let mut kernel = secmon_profile::find(source.memory(), &options)?;
+        kernel.space = remembering(kernel.space.clone(), &kernel);
         let elapsed = started.elapsed();
         self.reporter.note(format_args!(
             "found the kernel in {elapsed:.1?}: {}; profile: {:?}, page tables: {:?}",
@@ -335,6 +338,30 @@ impl<'a> Session<'a> {
                 .map(|cache| cache.join("secmon/profiles"))
         })
     }
+}
+
+/// The kernel's space for one command, with a translation cache where each
+/// entry of a page table costs a system call: a running guest whose memory is
+/// read, not mapped.
+///
+/// It holds the kernel's image and the direct map alone. Linux maps both once
+/// and for all: it splits and joins large pages there and takes single pages
+/// out (`set_memory_…`, secret memory), but never puts another page where one
+/// was. The cache ends with the command; the tables of processes and the
+/// kernel's other ranges (vmalloc, modules) are walked for every read.
+fn remembering(space: AddressSpace, kernel: &Kernel) -> AddressSpace {
+    let memory = space.memory();
+    if memory.mapped().is_some() || memory.volatility() == Volatility::Static {
+        return space;
+    }
+    let end = memory.regions().iter().map(MemoryRegion::end).max();
+    let end = end.unwrap_or_default().as_u64();
+    let image = kernel.image.virtual_base;
+    let ranges = [
+        kernel.direct_map..kernel.direct_map.wrapping_add(end),
+        image..image.wrapping_add(kernel.image.size),
+    ];
+    space.with_stale_tlb_in(&ranges)
 }
 
 /// Looks a place up in the guest.

@@ -83,6 +83,10 @@ pub struct ColumnInfo {
 /// Which rows are wanted.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
+    /// Whether columns that need pages of user memory are asked for, so that a
+    /// table may look at these pages ahead. It changes no row, and is set where
+    /// a table is read.
+    pub user_pages: bool,
     /// Only rows of these processes (thread group ids), where rows have one.
     pub pids: Option<Vec<u64>>,
     /// Rows of all namespaces, where the table shows the initial one else.
@@ -231,7 +235,11 @@ impl<R: 'static> Table for TableOf<R> {
                 .filter_map(|index| self.columns.get(*index))
                 .collect(),
         };
-        (self.items)(guest, &request.selection, &mut |item| {
+        let selection = Selection {
+            user_pages: columns.iter().any(|column| column.cost == Cost::UserPages),
+            ..request.selection.clone()
+        };
+        (self.items)(guest, &selection, &mut |item| {
             let values = columns
                 .iter()
                 .map(|column| (column.value)(guest, &item))

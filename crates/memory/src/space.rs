@@ -1,5 +1,6 @@
 //! One page-table root over physical memory: reads by virtual address.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::paging::walk;
@@ -101,6 +102,20 @@ impl AddressSpace {
     pub fn with_stale_tlb(self) -> Self {
         Self {
             tlb: Some(Arc::new(Tlb::new())),
+            ..self
+        }
+    }
+
+    /// As [`with_stale_tlb`](Self::with_stale_tlb), but only translations of
+    /// these ranges are remembered: those that the caller knows to stay while
+    /// the space is used.
+    #[must_use]
+    pub fn with_stale_tlb_in(self, ranges: &[Range<VirtualAddress>]) -> Self {
+        if ranges.is_empty() {
+            return self;
+        }
+        Self {
+            tlb: Some(Arc::new(Tlb::of_ranges(ranges))),
             ..self
         }
     }

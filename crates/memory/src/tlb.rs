@@ -7,8 +7,9 @@
 //! It never forgets by itself. For a static image it can't be stale; for a
 //! live target it holds what the tables said when each address was first used,
 //! so an [`AddressSpace`](crate::AddressSpace) has one there only when it was
-//! asked for.
+//! asked for, and then maybe only for ranges whose translations stay.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::{PageSize, PhysicalAddress, Translation, VirtualAddress};
@@ -47,14 +48,23 @@ impl Slot {
 pub(crate) struct Tlb {
     small: Box<[Slot]>,
     large: Box<[Slot]>,
+    /// What is remembered; all, if there are none.
+    ranges: Box<[Range<VirtualAddress>]>,
 }
 
 impl Tlb {
     pub(crate) fn new() -> Self {
+        Self::of_ranges(&[])
+    }
+
+    /// A cache that remembers translations in these ranges alone; in all of
+    /// the space if there are none.
+    pub(crate) fn of_ranges(ranges: &[Range<VirtualAddress>]) -> Self {
         let slots = |count| std::iter::repeat_with(Slot::default).take(count).collect();
         Self {
             small: slots(SMALL_SLOTS),
             large: slots(LARGE_SLOTS),
+            ranges: ranges.into(),
         }
     }
 
@@ -75,6 +85,15 @@ impl Tlb {
 
     /// Remembers a translation.
     pub(crate) fn set(&self, address: VirtualAddress, translation: &Translation) {
+        // A large page may reach beyond a range: then it is not remembered.
+        let size = translation.page_size.bytes().min(1 << LARGE_SHIFT);
+        let start = VirtualAddress::new(address.as_u64() & !(size - 1));
+        let last = start.wrapping_add(size - 1);
+        let covers =
+            |range: &Range<VirtualAddress>| range.contains(&start) && range.contains(&last);
+        if !self.ranges.is_empty() && !self.ranges.iter().any(covers) {
+            return;
+        }
         let (slots, shift) = match translation.page_size {
             PageSize::Size4KiB => (&self.small, SMALL_SHIFT),
             PageSize::Size2MiB | PageSize::Size1GiB => (&self.large, LARGE_SHIFT),
@@ -82,5 +101,44 @@ impl Tlb {
         let tag = address.as_u64() >> shift;
         let frame = translation.physical.as_u64() & !((1 << shift) - 1);
         slots[tag as usize % slots.len()].set(tag, frame);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Rights;
+
+    fn translation(physical: u64, page_size: PageSize) -> Translation {
+        Translation {
+            physical: PhysicalAddress::new(physical),
+            page_size,
+            rights: Rights {
+                writable: false,
+                user: false,
+                executable: false,
+            },
+            entry: 0,
+        }
+    }
+
+    #[test]
+    fn remembers_its_ranges_alone() {
+        let range = VirtualAddress::new(0x20_1000)..VirtualAddress::new(0x60_0000);
+        let tlb = Tlb::of_ranges(std::slice::from_ref(&range));
+        let large = [(0x20_2000, false), (0x40_2000, true), (0x60_2000, false)];
+        for (address, kept) in large {
+            let address = VirtualAddress::new(address);
+            tlb.set(address, &translation(0x4000_2000, PageSize::Size2MiB));
+            let found = kept.then_some((PhysicalAddress::new(0x4000_2000), 0x1f_e000));
+            assert_eq!(tlb.get(address), found, "{address}");
+        }
+        let small = [(0x20_0ff8, false), (0x20_1ff8, true), (0x60_0ff8, false)];
+        for (address, kept) in small {
+            let address = VirtualAddress::new(address);
+            tlb.set(address, &translation(0x7ff8, PageSize::Size4KiB));
+            let found = kept.then_some((PhysicalAddress::new(0x7ff8), 8));
+            assert_eq!(tlb.get(address), found, "{address}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use crate::cache::{Folder, Stored};
 use crate::crosscheck::{differences, without_number};
 use crate::image::{Image, MAXIMUM_MATCHES};
 use crate::kernel::note;
-use crate::locate::{self, BANNER_START, DIGITS, Location};
+use crate::locate::{self, BANNER_START, DIGITS, Location, LocationError};
 use crate::notes::{MAXIMUM_VMCOREINFO, build_ids};
 use crate::tables::{self, Candidate};
 use crate::types::{HEADER_LENGTH, Header};
@@ -59,6 +59,8 @@ pub(crate) struct Attempt<'a> {
     space: AddressSpace,
     conflicts: Vec<Conflict>,
     cache: CacheOutcome,
+    /// Types that were read early, where a profile of the cache says they are.
+    early: Option<(Range<u64>, Result<Types, ProfileError>)>,
 }
 
 /// What a search of the image's data found, by offset.
@@ -78,6 +80,7 @@ impl<'a> Attempt<'a> {
             space: AddressSpace::new(memory.clone(), candidate.root, candidate.mode),
             conflicts: Vec::new(),
             cache: CacheOutcome::default(),
+            early: None,
         }
     }
 
@@ -171,13 +174,11 @@ impl<'a> Attempt<'a> {
                     continue;
                 }
             };
-            let raw = stored.location.read(&self.image);
-            let Some(raw) = raw.filter(|raw| raw.digest() == stored.digest) else {
+            let location = stored.location.clone();
+            let Some(symbols) = self.verified(stored) else {
                 others += 1;
                 continue;
             };
-            let location = stored.location;
-            let symbols = location.symbols(&self.image, raw, stored.slots);
             if let Ok(symbols) = symbols
                 && locate::fits(&self.image, &symbols)
             {
@@ -195,6 +196,36 @@ impl<'a> Attempt<'a> {
             );
         }
         found
+    }
+
+    /// The symbols of the image by a profile; none if it was made for other
+    /// names. Reading the types takes as long as checking the names, so a
+    /// second thread does that meanwhile; whether they are the kernel's is seen
+    /// afterwards, by its symbols.
+    fn verified(&mut self, stored: Stored) -> Option<Result<Symbols, LocationError>> {
+        let Stored {
+            location,
+            types,
+            digest,
+            slots,
+            ..
+        } = stored;
+        let image = self.image;
+        let (symbols, read) = std::thread::scope(|scope| {
+            let builder = std::thread::Builder::new().name("types".to_owned());
+            let range = types.clone();
+            let reader = (!range.is_empty())
+                .then(|| builder.spawn_scoped(scope, move || read_types(&image, range)));
+            let raw = location.read(&image).filter(|raw| raw.digest() == digest);
+            let symbols = raw.map(|raw| location.symbols(&image, raw, slots));
+            // Without a thread, or if it failed, they are read in their turn.
+            let read = reader.and_then(|reader| reader.ok()?.join().ok());
+            (symbols, read)
+        });
+        if matches!(symbols, Some(Ok(_))) {
+            self.early = read.map(|read| (types, read));
+        }
+        symbols
     }
 
     /// Keeps what was found for the next run, unless something contradicts
@@ -223,6 +254,7 @@ impl<'a> Attempt<'a> {
         let stored = Stored {
             build_id,
             build_id_at,
+            types: self.types_range(&profile.symbols).unwrap_or_default(),
             digest: raw.digest(),
             slots: profile.symbols.index().clone(),
             location,
@@ -386,11 +418,7 @@ impl<'a> Attempt<'a> {
 
     /// The types of the kernel, by its symbols.
     fn types(&mut self, symbols: &Symbols, seen: &[u64]) -> Result<Types, ProfileError> {
-        let bounds = BTF_SYMBOLS.iter().find_map(|(start, stop)| {
-            let range = symbols.address(start)?..symbols.address(stop)?;
-            Some(self.image.offset(range.start)?..self.image.offset(range.end)?)
-        });
-        let range = match bounds {
+        let range = match self.types_range(symbols) {
             Some(range) => range,
             None => {
                 // Without the symbols only the blob's own header is left.
@@ -428,19 +456,18 @@ impl<'a> Attempt<'a> {
                 self.conflict(Subject::Types, chosen.clone(), other, why);
             }
         }
-        let address = self.image.address(range.start).as_u64();
-        let length = range.end.saturating_sub(range.start);
-        if length > MAXIMUM_BTF_LENGTH as u64 {
-            let source = BtfError::TooLong {
-                length: length as usize,
-            };
-            return Err(ProfileError::DamagedBtf { address, source });
+        match self.early.take() {
+            Some((early, types)) if early == range => types,
+            _ => read_types(&self.image, range),
         }
-        let Some(bytes) = self.image.buffer(range) else {
-            let reason = "a page of it is missing".to_owned();
-            return Err(ProfileError::UnreadableBtf { address, reason });
-        };
-        Types::parse(bytes).map_err(|source| ProfileError::DamagedBtf { address, source })
+    }
+
+    /// Where the types lie, by the kernel's symbols.
+    fn types_range(&self, symbols: &Symbols) -> Option<Range<u64>> {
+        BTF_SYMBOLS.iter().find_map(|(start, stop)| {
+            let range = symbols.address(start)?..symbols.address(stop)?;
+            Some(self.image.offset(range.start)?..self.image.offset(range.end)?)
+        })
     }
 
     /// The kernel's ELF notes, and where they start.
@@ -597,6 +624,23 @@ impl<'a> Attempt<'a> {
         }
         Some(info)
     }
+}
+
+/// Copies and reads the types that lie in `range` of the image.
+fn read_types(image: &Image<'_>, range: Range<u64>) -> Result<Types, ProfileError> {
+    let address = image.address(range.start).as_u64();
+    let length = range.end.saturating_sub(range.start);
+    if length > MAXIMUM_BTF_LENGTH as u64 {
+        let source = BtfError::TooLong {
+            length: length as usize,
+        };
+        return Err(ProfileError::DamagedBtf { address, source });
+    }
+    let Some(bytes) = image.buffer(range) else {
+        let reason = "a page of it is missing".to_owned();
+        return Err(ProfileError::UnreadableBtf { address, reason });
+    };
+    Types::parse(bytes).map_err(|source| ProfileError::DamagedBtf { address, source })
 }
 
 /// The bytes of a blob that starts at `offset`, by its header.

@@ -1,14 +1,16 @@
 //! Profiles kept from one run to the next, in a folder of the user's.
 //!
-//! What is kept is what takes long to find: where the symbol table lies in the
-//! image of one build, and the hash table of its names. Everything else, names,
-//! addresses and types, is read from the guest every time.
+//! What is kept is what takes long to find: where the symbol table and the types
+//! lie in the image of one build, and the hash table of its names. Everything
+//! else, names, addresses and types, is read from the guest every time; types
+//! are used only if the guest's own symbols put them where the profile does.
 //!
 //! A guest chooses its build id, and may choose another kernel's. So the file
 //! of a build says for which bytes it was made: a BLAKE3 digest over the whole
 //! of the names, their markers and tokens. Before a file is used, the digest of
 //! the same bytes of the guest at hand is compared; a guest can therefore spoil
-//! nothing but its own profile. Of two guests with one build id and different
+//! nothing but its own profile. Names with that digest were walked and found
+//! well formed when the file was made, so they are not walked again. Of two guests with one build id and different
 //! symbol names, each has its file, and that there are two is reported.
 //!
 //! Files are written under a temporary name and renamed, so that readers and
@@ -20,6 +22,7 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -117,6 +120,9 @@ pub(crate) struct Stored {
     /// The offset in the image of the build id's bytes.
     pub build_id_at: u64,
     pub location: Location,
+    /// Where the types lie, to have a look at them while the names are
+    /// checked; empty where they are not known.
+    pub types: Range<u64>,
     /// Over the guest's names, markers and tokens.
     pub digest: [u8; DIGEST],
     /// The hash table of the names.
@@ -311,6 +317,8 @@ impl Stored {
             *offsets,
             kind,
             base,
+            self.types.start,
+            self.types.end,
         ] {
             body.extend_from_slice(&number.to_le_bytes());
         }
@@ -353,6 +361,7 @@ impl Stored {
         let token_index = number()?;
         let offsets = number()?;
         let (kind, base) = (number()?, number()?);
+        let types = number()?..number()?;
         let encoding = match kind {
             0 => Encoding::Absolute,
             1 => Encoding::BaseRelative(base),
@@ -384,6 +393,7 @@ impl Stored {
                 offsets,
                 encoding,
             },
+            types,
             digest: *digest,
             slots,
         })
@@ -427,6 +437,7 @@ mod tests {
                 offsets: 600,
                 encoding: Encoding::AbsolutePerCpu(700),
             },
+            types: 2000..3000,
             digest: [seed; DIGEST],
             slots: slots.into(),
         }

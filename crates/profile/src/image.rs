@@ -92,7 +92,7 @@ impl<'a> Image<'a> {
     /// The bytes of several ranges, in one buffer for all.
     pub(crate) fn parts<const COUNT: usize>(
         &self,
-        ranges: [Range<u64>; COUNT],
+        ranges: &[Range<u64>; COUNT],
     ) -> Option<[Part; COUNT]> {
         let mut total = 0_usize;
         let mut places = ranges.each_ref().map(|_| 0..0);

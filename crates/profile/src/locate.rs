@@ -119,7 +119,7 @@ impl Location {
             part(self.token_index, 512)?,
             self.offsets_range()?,
         ];
-        let [names, markers, token_table, token_index, offsets] = image.parts(ranges)?;
+        let [names, markers, token_table, token_index, offsets] = image.parts(&ranges)?;
         Some(Raw {
             names,
             markers,
@@ -274,7 +274,7 @@ pub(crate) fn locate(image: &Image<'_>, digits: u64) -> Option<(Location, Symbol
             })
             .max_by_key(|(score, _)| *score);
         if let Some((_, location)) = best {
-            let [bytes] = image.parts([location.offsets_range()?])?;
+            let [bytes] = image.parts(&[location.offsets_range()?])?;
             let offsets = location.addresses(image, bytes)?;
             return Some((location, Symbols::with_index(parsed, offsets, slots)));
         }

@@ -2,6 +2,7 @@
 //! kernels describe them. One file a subject; which members there are is said
 //! by each guest's own types.
 
+pub(crate) mod ahead;
 pub mod bpf;
 pub mod cgroup;
 pub mod clock;

@@ -1,5 +1,6 @@
 //! The table `processes`.
 
+use crate::linux::ahead;
 use crate::linux::cred::{Cred, capability_digits, capability_names};
 use crate::linux::listing::Listing;
 use crate::linux::namespace::Kind as NamespaceKind;
@@ -555,12 +556,19 @@ fn processes(
     sink: &mut Items<'_, Process>,
 ) -> Result<(), TableError> {
     let listing = Listing::new(guest, TABLE)?;
-    for process in process::processes(guest, &listing, selection)? {
-        if sink(process).is_break() {
-            break;
+    let mut rows = || -> Result<(), TableError> {
+        for process in process::processes(guest, &listing, selection)? {
+            if sink(process).is_break() {
+                break;
+            }
         }
+        Ok(())
+    };
+    let mapped = guest.space().memory().mapped().is_some();
+    if mapped && selection.user_pages && selection.pids.is_none() {
+        return ahead::touching(guest, &listing, rows);
     }
-    Ok(())
+    rows()
 }
 
 fn layout(process: &Process) -> &TaskLayout {

@@ -288,6 +288,23 @@ fn bounds(guest: &Guest, layout: &UserLayout, mm: VirtualAddress) -> Result<Boun
     })
 }
 
+/// Looks at the first and the last byte of the arguments, and so at the page
+/// tables that lead there, for whoever reads them soon.
+pub(crate) fn touch_arguments(guest: &Guest, mm: VirtualAddress) {
+    let Ok(layout) = guest.layout::<UserLayout>("processes") else {
+        return;
+    };
+    let (Ok(memory), Ok(bounds)) = (
+        UserMemory::with(guest, &layout, mm),
+        bounds(guest, &layout, mm),
+    ) else {
+        return;
+    };
+    for address in [bounds.arg_start, bounds.arg_end.wrapping_sub(1)] {
+        let _ = memory.read_in_page(address, &mut [0]);
+    }
+}
+
 /// Strings, and why there are not more of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Strings {
