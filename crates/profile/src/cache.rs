@@ -10,8 +10,9 @@
 //! of the names, their markers and tokens. Before a file is used, the digest of
 //! the same bytes of the guest at hand is compared; a guest can therefore spoil
 //! nothing but its own profile. Names with that digest were walked and found
-//! well formed when the file was made, so they are not walked again. Of two guests with one build id and different
-//! symbol names, each has its file, and that there are two is reported.
+//! well formed when the file was made, so they are not walked again. Of two
+//! guests with one build id and different symbol names, each has its file, and
+//! that there are two is reported.
 //!
 //! Files are written under a temporary name and renamed, so that readers and
 //! other writers see a whole file or none. They start with a checksum of the

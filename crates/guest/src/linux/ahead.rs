@@ -25,10 +25,18 @@ pub(crate) fn touching<T>(guest: &Guest, listing: &Listing, rows: impl FnOnce() 
         let _ = std::thread::Builder::new()
             .name("touch".to_owned())
             .spawn_scoped(scope, || touch(guest, listing, &made));
-        let outcome = rows();
-        made.store(true, Ordering::Relaxed);
-        outcome
+        let _stop = Stop(&made);
+        rows()
     })
+}
+
+/// Tells the thread that the rows are made, or given up by a panic.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn touch(guest: &Guest, listing: &Listing, stop: &AtomicBool) {
