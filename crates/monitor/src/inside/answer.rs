@@ -73,6 +73,7 @@ pub(super) fn check(query: &Query) -> Result<Checked, Refusal> {
             selection: Selection {
                 pids: query.pids.clone(),
                 all_namespaces: query.all_namespaces,
+                ..Selection::default()
             },
         },
         limit: query.limit.unwrap_or(u64::MAX),
