@@ -9,6 +9,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use secmon_platform::image::ImageFormat;
 
+use crate::gate::GateArguments;
 use crate::location::Location;
 use crate::monitor::arguments::MonitorCommand;
 
@@ -262,6 +263,13 @@ pub enum BuiltIn {
 
     /// Write the target's memory to a file
     Dump(DumpArguments),
+
+    /// Hand monitors exactly the rights over a target that they were granted
+    ///
+    /// A gate holds the control channels of one running QEMU, listens to
+    /// monitors, lets each do what a grant file gives it, and logs every use.
+    #[command(after_long_help = crate::gate::EXAMPLES)]
+    Gate(Box<GateArguments>),
 
     /// The monitoring VM: start it beside targets, ask it, end it
     #[command(subcommand, hide = true)]

@@ -12,6 +12,7 @@ mod dump;
 mod fault;
 mod filter;
 mod findings;
+mod gate;
 mod inspect;
 mod isf;
 mod listing;
@@ -51,6 +52,9 @@ fn main() -> ExitCode {
     let first = arguments.next().unwrap_or_default();
     if first == command::RESUME_WATCH {
         return secmon_platform::qemu::pause::watch_main(arguments);
+    }
+    if let Some(code) = gate::hidden(&first, &mut arguments) {
+        return code;
     }
     if let Some(code) = monitor::hidden(&first, &mut arguments) {
         return code;
@@ -101,6 +105,7 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
         BuiltIn::Tables { table } => documents::tables(table.as_deref(), format),
         BuiltIn::Completions { shell } => documents::completions(shell),
         BuiltIn::Man { output } => documents::man(output.as_deref()),
+        BuiltIn::Gate(arguments) => gate::gate(&arguments, common.target.as_deref(), reporter),
         BuiltIn::Monitor(command) => monitor::run(&command, common, reporter),
         BuiltIn::Read(arguments) => read(&session, &arguments, format),
         BuiltIn::Translate(arguments) => translate(&session, &arguments, format),

@@ -40,6 +40,8 @@ pub struct CommandLine {
     pub device_backends: Vec<String>,
     /// Where QMP listens.
     pub monitors: Vec<MonitorSocket>,
+    /// The socket on which its gdbstub listens, if it is a UNIX one.
+    pub gdb: Option<MonitorSocket>,
     /// Whether options are also read from a file (`-readconfig`), so that what
     /// is missing here may have been said there.
     pub reads_config: bool,
@@ -120,6 +122,7 @@ impl CommandLine {
         let mut line = Self::default();
         let mut sockets: HashMap<String, MonitorSocket> = HashMap::new();
         let mut monitor_chardevs = Vec::new();
+        let mut gdb_chardev = None;
         let mut numa: Vec<(Option<u64>, String)> = Vec::new();
         let mut rest = arguments.iter().skip(1);
         while let Some(argument) = rest.next() {
@@ -193,6 +196,15 @@ impl CommandLine {
                         sockets.insert(id, socket);
                     }
                 }
+                "gdb" => {
+                    let options = Options::parse(value, "address");
+                    let address = options.get("address").unwrap_or_default();
+                    if let Some(path) = address.strip_prefix(b"unix:") {
+                        line.gdb = Some(MonitorSocket::Path(path_of(path)));
+                    } else if let Some(id) = address.strip_prefix(b"chardev:") {
+                        gdb_chardev = Some(String::from_utf8_lossy(id).into_owned());
+                    }
+                }
                 "readconfig" => line.reads_config = true,
                 _ => {}
             }
@@ -202,6 +214,8 @@ impl CommandLine {
             numa.sort_by_key(|(node, _)| *node);
         }
         line.numa_backends = numa.into_iter().map(|(_, backend)| backend).collect();
+        let of_gdb = gdb_chardev.and_then(|id| sockets.get(&id).cloned());
+        line.gdb = of_gdb.or(line.gdb);
         let chardev_sockets = monitor_chardevs.iter().filter_map(|id| sockets.remove(id));
         line.monitors.extend(chardev_sockets);
         line
@@ -479,6 +493,22 @@ mod tests {
     fn names_may_hold_commas() {
         let line = parse(&["-name", "a,,b,debug-threads=on"]);
         assert_eq!(line.name.as_deref(), Some("a,b"));
+    }
+
+    #[test]
+    fn sockets_of_the_gdbstub() {
+        let gdb = |arguments: &[&str]| parse(arguments).gdb;
+        let path = |path: &str| Some(MonitorSocket::Path(path.into()));
+        assert_eq!(
+            gdb(&["-gdb", "unix:/run/g,server=on,wait=off"]),
+            path("/run/g")
+        );
+        let chardev = "socket,id=x,path=/run/g,server=on,wait=off";
+        assert_eq!(
+            gdb(&["-chardev", chardev, "-gdb", "chardev:x"]),
+            path("/run/g")
+        );
+        assert_eq!(gdb(&["-gdb", "tcp::1234"]), None);
     }
 
     /// The form of libvirt 9 (Debian 12) for a guest with one NUMA node.
