@@ -15,10 +15,18 @@ fuzz_target!(|data: &[u8]| {
     for grant in &grants.monitors {
         assert!(grant.allows(Right::Observe));
         assert!(grant.limits.lease_milliseconds <= Limits::MAX_LEASE_MILLISECONDS);
-        assert_eq!(grants.of(&grant.key).map(|found| &found.name), Some(&grant.name));
+        assert_eq!(
+            grants.of(&grant.key).map(|found| &found.name),
+            Some(&grant.name)
+        );
         // A right that is not written down is not given.
         for right in Right::ALL {
-            assert!(right == Right::Observe || !grant.allows(right) || text.contains(right.name()) || text.contains('\\'));
+            assert!(
+                right == Right::Observe
+                    || !grant.allows(right)
+                    || text.contains(right.name())
+                    || text.contains('\\')
+            );
         }
     }
 });

@@ -13,6 +13,9 @@ fuzz_target!(|data: &[u8]| {
         hash: "0".repeat(64),
     };
     let compared = verify_text(data, Some(&other));
-    let same = report.head.as_ref().is_some_and(|head| head.hash == other.hash);
+    let same = report
+        .head
+        .as_ref()
+        .is_some_and(|head| head.hash == other.hash);
     assert!(same || !compared.faults.is_empty());
 });

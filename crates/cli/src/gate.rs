@@ -254,7 +254,7 @@ fn running(target: &str) -> Result<QemuProcess> {
 fn free_monitor(process: &QemuProcess) -> Result<PathBuf> {
     let free = process.monitors.iter().find(|monitor| !monitor.busy);
     match free {
-        Some(monitor) => Ok(monitor.path.clone()),
+        Some(monitor) => resolved(&monitor.path),
         None => Err(anyhow!(
             "QEMU process {} has no QMP socket that nobody else uses",
             process.id.pid
@@ -267,12 +267,13 @@ fn stub(process: &QemuProcess) -> Result<Option<PathBuf>> {
     let Some(MonitorSocket::Path(path)) = &process.command_line.gdb else {
         return Ok(None);
     };
-    if path.is_absolute() {
-        return Ok(Some(path.clone()));
-    }
     let folder = format!("/proc/{}/cwd", process.id.pid);
-    let folder = std::fs::read_link(&folder).with_context(|| folder.clone())?;
-    Ok(Some(folder.join(path)))
+    resolved(&Path::new(&folder).join(path)).map(Some)
+}
+
+/// A path that needs no `/proc`, which a confined process does not see.
+fn resolved(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path).with_context(|| path.display().to_string())
 }
 
 fn verify_log(path: &Path, head: Option<&LogHead>, reporter: Reporter) -> Result<()> {

@@ -219,16 +219,17 @@ impl Steward {
                     return ExitCode::FAILURE;
                 }
             };
-            if ready.control && !self.hear_supervisor() {
-                self.release_all(&ReleaseReason::SessionEnded);
-                self.note("the supervisor ended, and the gate with it");
-                return ExitCode::SUCCESS;
-            }
+            // Before the supervisor is heard, who may bring the next keeper.
             if ready.keeper {
                 // The keeper never speaks: this is its end.
                 self.target.lose_keeper();
                 self.release_all(&ReleaseReason::KeeperLost);
                 self.note("the keeper ended; what was held is released");
+            }
+            if ready.control && !self.hear_supervisor() {
+                self.release_all(&ReleaseReason::SessionEnded);
+                self.note("the supervisor ended, and the gate with it");
+                return ExitCode::SUCCESS;
             }
             if ready.target {
                 self.hear_target();

@@ -47,12 +47,28 @@ fn the_documented_numbers_are_true() {
     let lines = lines_of_code(&root.join("src"));
     // Stated in hundreds, rounded up.
     let rounded = lines.div_ceil(100) * 100;
-    assert_eq!(stated(&document, "lines of code of the gate, at most"), rounded, "{lines}");
+    assert_eq!(
+        stated(&document, "lines of code of the gate, at most"),
+        rounded,
+        "{lines}"
+    );
     let system_calls = [
-        ("system calls of the gate, whatever their arguments", sandbox::GATE.len()),
-        ("system calls of the gate, for some arguments", sandbox::GATE_CONDITIONAL),
-        ("system calls of the keeper, whatever their arguments", sandbox::KEEPER.len()),
-        ("system calls of the keeper, for some arguments", sandbox::KEEPER_CONDITIONAL),
+        (
+            "system calls of the gate, whatever their arguments",
+            sandbox::GATE.len(),
+        ),
+        (
+            "system calls of the gate, for some arguments",
+            sandbox::GATE_CONDITIONAL,
+        ),
+        (
+            "system calls of the keeper, whatever their arguments",
+            sandbox::KEEPER.len(),
+        ),
+        (
+            "system calls of the keeper, for some arguments",
+            sandbox::KEEPER_CONDITIONAL,
+        ),
     ];
     for (row, counted) in system_calls {
         assert_eq!(stated(&document, row), counted, "{row}");
