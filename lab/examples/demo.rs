@@ -1,7 +1,8 @@
-//! Boots a guest that was started with no special option and shows it from
-//! outside with `secmon`, next to what the guest says of itself.
+//! Boots a guest, starts a monitoring VM beside it, and shows what the
+//! monitoring VM sees of the guest, next to what the guest says of itself.
 //!
-//! `cargo xtask demo` builds `secmon` and runs this.
+//! `cargo xtask demo` builds `secmon` and the monitoring VM's image and runs
+//! this.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,48 @@ use secmon_lab::{Backing, ByteString, Guest, QmpAccess, Suite, Workload};
 use serde_json::Value;
 
 const NAME: &str = "web1";
+
+/// What the monitoring VM is called.
+const MONITOR: &str = "secmon-demo";
+
+/// The monitoring VM, which ends with this value.
+struct Monitor<'a> {
+    secmon: &'a Path,
+}
+
+impl<'a> Monitor<'a> {
+    fn up(secmon: &'a Path, image: &Path) -> Result<Self> {
+        let monitor = Self { secmon };
+        let image = image.display().to_string();
+        let target = format!("qemu:{NAME}");
+        // One that an earlier demo was killed beside.
+        let _ = monitor.command(&["down", MONITOR]).output();
+        monitor.show(&[
+            "up", "--target", &target, "--name", MONITOR, "--image", &image,
+        ])?;
+        Ok(monitor)
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(self.secmon);
+        command.arg("monitor").args(words);
+        command
+    }
+
+    fn show(&self, words: &[&str]) -> Result<()> {
+        println!("$ secmon monitor {}", words.join(" "));
+        let status = self.command(words).status().context("starting secmon")?;
+        ensure!(status.success(), "secmon monitor {words:?}: {status}");
+        println!();
+        Ok(())
+    }
+}
+
+impl Drop for Monitor<'_> {
+    fn drop(&mut self) {
+        let _ = self.show(&["down", MONITOR]);
+    }
+}
 
 /// A table, and what of it the guest is asked for itself.
 struct Comparison {
@@ -101,7 +144,12 @@ fn main() -> Result<()> {
             .nth(1)
             .context("the path of the secmon program as first argument")?,
     );
-    println!("Booting Linux 6.12 from Debian's archive in QEMU, with no special option …");
+    let image = PathBuf::from(
+        std::env::args_os()
+            .nth(2)
+            .context("the folder of the monitoring VM's image as second argument")?,
+    );
+    println!("Booting Linux 6.12 from Debian's archive in QEMU, its RAM shared …");
     let start = Instant::now();
     let workload = Workload {
         processes: 40,
@@ -109,7 +157,7 @@ fn main() -> Result<()> {
     };
     let guest = Guest::builder(Suite::Trixie)
         .name(NAME)
-        .backing(Backing::Plain)
+        .backing(Backing::File)
         .qmp(QmpAccess::None)
         .workload(workload)
         .boot()?;
@@ -119,8 +167,10 @@ fn main() -> Result<()> {
         guest.acceleration().name(),
         guest.pid()
     );
-    show(&secmon, &["targets"])?;
+    println!("Starting a monitoring VM beside it: all that follows comes out of that VM.");
+    let monitor = Monitor::up(&secmon, &image)?;
     show(&secmon, &["info"])?;
+    monitor.show(&["status", MONITOR])?;
     for comparison in COMPARISONS {
         let mut words = vec![comparison.table];
         words.extend(comparison.arguments);
@@ -132,13 +182,15 @@ fn main() -> Result<()> {
 
 fn command(secmon: &Path, words: &[&str]) -> Command {
     let mut command = Command::new(secmon);
-    command.args(["-t", &format!("qemu:{NAME}")]).args(words);
+    command
+        .args(["-t", &format!("monitor:{MONITOR}")])
+        .args(words);
     command
 }
 
 /// Runs `secmon` on the guest so that its output is seen.
 fn show(secmon: &Path, words: &[&str]) -> Result<()> {
-    println!("$ secmon -t qemu:{NAME} {}", words.join(" "));
+    println!("$ secmon -t monitor:{MONITOR} {}", words.join(" "));
     let start = Instant::now();
     let status = command(secmon, words).status().context("starting secmon")?;
     ensure!(status.success(), "secmon {words:?}: {status}");

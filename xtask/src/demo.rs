@@ -4,11 +4,12 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::prerequisites;
 use crate::run::{cargo, run, target_folder};
+use crate::{appliance, prerequisites};
 
-/// Boots a guest and shows it from outside; the lab's `demo` program does the
-/// work, built after what it needs is installed.
+/// Boots a guest and a monitoring VM beside it and shows what the latter sees;
+/// the lab's `demo` program does the work, built after what it needs is
+/// installed.
 ///
 /// # Errors
 /// What could not be installed, built or booted.
@@ -23,6 +24,11 @@ pub fn run_demo() -> Result<()> {
         "--example",
         "demo",
     ]))?;
-    let programs = target_folder()?.join("release");
-    run(Command::new(programs.join("examples/demo")).arg(programs.join("secmon")))
+    let target = target_folder()?;
+    let image = target.join("demo-appliance");
+    appliance::build(&image, &[])?;
+    let programs = target.join("release");
+    run(Command::new(programs.join("examples/demo"))
+        .arg(programs.join("secmon"))
+        .arg(image))
 }

@@ -60,12 +60,13 @@ impl From<InputFormat> for ImageFormat {
 /// Options that every command takes.
 #[derive(Args, Clone, Debug)]
 pub struct Common {
-    /// What to look at: file:PATH, qemu:NAME, qemu:PID, ivshmem:PCI-ADDRESS
+    /// What to look at: file:PATH, qemu:NAME, qemu:PID, ivshmem:PCI-ADDRESS, monitor:NAME
     ///
     /// `file:` takes a raw image, a QEMU or libvirt dump (ELF or kdump), a
     /// LiME, AVML or makedumpfile image, or the RAM file of a running QEMU;
-    /// which of them it is shows in its content. `secmon targets` lists what
-    /// can be watched on this machine.
+    /// which of them it is shows in its content. `monitor:` asks a monitoring VM
+    /// (monitor:NAME/TARGET if it has several targets). `secmon targets` lists
+    /// what can be watched on this machine.
     #[arg(
         short,
         long,
@@ -272,7 +273,7 @@ pub enum BuiltIn {
     Gate(Box<GateArguments>),
 
     /// The monitoring VM: start it beside targets, ask it, end it
-    #[command(subcommand, hide = true)]
+    #[command(subcommand)]
     Monitor(MonitorCommand),
 
     /// Write the kernel's symbols and types as an ISF file, for volatility3

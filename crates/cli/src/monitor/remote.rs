@@ -33,6 +33,10 @@ use secmon_sandbox::{Needs, Stage};
 /// How long a monitor may take until it answers: it may be booting.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How long a target may take until the monitor has found its kernel. One that
+/// does not run is told after it.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
+
 /// How much of memory is asked for at once.
 const CHUNK: u64 = 256 << 10;
 
@@ -68,8 +72,10 @@ pub fn run(
                 Ok(None)
             }
             BuiltIn::Targets => {
-                let mut target = Target::open(address, common, reporter)?;
-                target.targets(address, format)?;
+                refuse_options(common)?;
+                let connection = connect(&address.monitor, Instant::now() + PATIENCE)?;
+                confine(common, reporter);
+                list_targets(connection, address, format)?;
                 Ok(None)
             }
             BuiltIn::Dump(_) => bail!(
@@ -124,7 +130,30 @@ impl Target {
         let connection = connect(&address.monitor, started + PATIENCE)?;
         reporter.note(format_args!("connected in {:.1?}", started.elapsed()));
         confine(common, reporter);
-        Self::choose(connection, address)
+        let mut target = Self::choose(connection, address)?;
+        target.wait_until_seen()?;
+        Ok(target)
+    }
+
+    /// Waits for a moment for a monitor that has not looked at its target yet:
+    /// it has just been started, or the target has.
+    fn wait_until_seen(&mut self) -> Result<()> {
+        let deadline = Instant::now() + FIRST_LOOK;
+        while Instant::now() < deadline {
+            let targets = self.connection.client.targets()?;
+            let own = targets.iter().find(|target| target.name == self.name);
+            let ready = own.is_none_or(|target| {
+                matches!(
+                    target.state,
+                    TargetState::Running { .. } | TargetState::Stopped { .. }
+                )
+            });
+            if ready {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
     }
 
     /// The target that is meant, or the only one.
@@ -286,31 +315,38 @@ impl Target {
 
     /// Lists the monitor's targets.
     pub fn targets(&mut self, address: &Address, format: Format) -> Result<()> {
-        let columns = [
-            column("target", Kind::Text, "What to give to -t"),
-            column("name", Kind::Text, "What the monitor calls it"),
-            column("ram", Kind::Unsigned, "Bytes of RAM"),
-            column("state", Kind::Text, "What became of it"),
-            column("boots", Kind::Unsigned, "How often it was seen to boot"),
-            column(
-                "trust_level",
-                Kind::Text,
-                "How far the monitor is protected",
-            ),
-        ];
-        let targets = self.connection.client.targets()?;
-        let rows = targets.iter().map(|target| {
-            vec![
-                Value::from(format!("monitor:{}/{}", address.monitor, target.name)),
-                Value::from(target.name.as_str()),
-                Value::from(target.ram_size),
-                Value::from(state(target)),
-                Value::from(target.boots),
-                Value::from(target.trust_level.name()),
-            ]
-        });
-        Ok(listing::show(&columns, format, rows)?)
+        show_targets(&self.connection.client.targets()?, address, format)
     }
+}
+
+fn list_targets(mut connection: Connection, address: &Address, format: Format) -> Result<()> {
+    show_targets(&connection.client.targets()?, address, format)
+}
+
+fn show_targets(targets: &[TargetReport], address: &Address, format: Format) -> Result<()> {
+    let columns = [
+        column("target", Kind::Text, "What to give to -t"),
+        column("name", Kind::Text, "What the monitor calls it"),
+        column("ram", Kind::Unsigned, "Bytes of RAM"),
+        column("state", Kind::Text, "What became of it"),
+        column("boots", Kind::Unsigned, "How often it was seen to boot"),
+        column(
+            "trust_level",
+            Kind::Text,
+            "How far the monitor is protected",
+        ),
+    ];
+    let rows = targets.iter().map(|target| {
+        vec![
+            Value::from(format!("monitor:{}/{}", address.monitor, target.name)),
+            Value::from(target.name.as_str()),
+            Value::from(target.ram_size),
+            Value::from(state(target)),
+            Value::from(target.boots),
+            Value::from(target.trust_level.name()),
+        ]
+    });
+    Ok(listing::show(&columns, format, rows)?)
 }
 
 /// A target's state in words.
