@@ -1,4 +1,5 @@
-//! Builds `secmon-truth`, the guest's process 1, as a static program.
+//! Builds static programs: `secmon-truth`, the guest's process 1, and `secmon`
+//! for a monitoring VM.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -28,34 +29,65 @@ pub fn program() -> Result<PathBuf> {
 
 fn build() -> Result<PathBuf> {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("truth/Cargo.toml");
-    // A folder of its own: a test runs under a cargo that may hold the lock
-    // of the usual one, and the flags here would undo its fingerprints.
+    // Small, as it is unpacked at each start.
+    let profile = [("PANIC", "abort")];
+    static_program(&manifest, "secmon-truth", &profile).context("the guest's agent")
+}
+
+/// `secmon` as a static program, as the appliance of a monitor needs it. Built
+/// once a process; quicker to build, and larger, than what is shipped.
+pub fn static_secmon() -> Result<PathBuf> {
+    static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
+    let mut built = BUILT
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some(path) = built.as_ref() {
+        return Ok(path.clone());
+    }
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/cli/Cargo.toml");
+    let profile = [("LTO", "off"), ("CODEGEN_UNITS", "16")];
+    let path = static_program(&manifest, "secmon", &profile)?;
+    *built = Some(path.clone());
+    Ok(path)
+}
+
+/// Builds a binary as a static program, in a folder of its own: a test runs
+/// under a cargo that may hold the lock of the usual one, and the flags here
+/// would undo its fingerprints.
+fn static_program(manifest: &Path, binary: &str, profile: &[(&str, &str)]) -> Result<PathBuf> {
     // A relative CARGO_TARGET_DIR is relative to where cargo was started,
     // which isn't known here.
     let folder = env::var_os("CARGO_TARGET_DIR")
         .map(PathBuf::from)
         .filter(|path| path.is_absolute())
         .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"))
-        .join("secmon-truth");
+        .join(match binary {
+            "secmon" => "secmon-static",
+            other => other,
+        });
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let output = Command::new(&cargo)
+    let mut command = Command::new(&cargo);
+    command
         .args(["build", "--quiet", "--release", "--target", TARGET])
         .arg("--manifest-path")
-        .arg(&manifest)
+        .arg(manifest)
         .arg("--target-dir")
         .arg(&folder)
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
-        .env("CARGO_PROFILE_RELEASE_STRIP", "true")
-        .env("CARGO_PROFILE_RELEASE_PANIC", "abort")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "true");
+    for (setting, value) in profile {
+        command.env(format!("CARGO_PROFILE_RELEASE_{setting}"), value);
+    }
+    let output = command
         .output()
         .with_context(|| format!("cannot run {}", Path::new(&cargo).display()))?;
     ensure!(
         output.status.success(),
-        "cannot build the guest's agent ({}):\n{}",
+        "cannot build {binary} ({}):\n{}",
         output.status,
         String::from_utf8_lossy(&output.stderr).trim_end()
     );
-    Ok(folder.join(TARGET).join("release/secmon-truth"))
+    Ok(folder.join(TARGET).join("release").join(binary))
 }

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use secmon_guest::{ColumnInfo, Kind, Value};
+use secmon_guest::{ColumnInfo, Kind, TrustLevel, Value};
 use secmon_memory::{
     AddressSpace, PAGE_SIZE, PageSize, PhysicalAddress, PhysicalMemory, TableLevel, VirtualAddress,
 };
@@ -109,6 +109,14 @@ pub enum Sink {
 }
 
 impl Place {
+    /// How well what is read there was protected.
+    fn trust_level(&self) -> TrustLevel {
+        match self {
+            Self::Asked(_) => TrustLevel::L1,
+            Self::Physical(..) | Self::Virtual(..) => TrustLevel::L0,
+        }
+    }
+
     fn start(&self) -> u64 {
         match self {
             Self::Physical(_, address) | Self::Virtual(_, address) => *address,
@@ -188,7 +196,7 @@ pub fn read(place: &Place, length: u64, sink: Sink) -> Result<()> {
                 listing::stdout()?,
                 columns.to_vec(),
                 format,
-                listing::style(),
+                listing::style_of(place.trust_level()),
             )?;
             let outcome = pieces(place, length, |address, piece| {
                 let address = Value::Address(address);
@@ -347,12 +355,12 @@ fn flags(level: TableLevel, entry: u64) -> Vec<&'static str> {
 
 /// Shows the walk of each address, a row for each entry read; the last one
 /// says where it led.
-pub fn translate(walks: Vec<Walk>, format: Format) -> Result<()> {
+pub fn translate(walks: Vec<Walk>, format: Format, trust: TrustLevel) -> Result<()> {
     let mut rows = Rows::new(
         listing::stdout()?,
         TRANSLATION.to_vec(),
         format,
-        listing::style(),
+        listing::style_of(trust),
     )?;
     let mut failed = None;
     for Walk {

@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use secmon_guest::{ColumnInfo, Cost, Kind, Shown, Value};
+use secmon_guest::{ColumnInfo, Cost, Kind, Shown, TrustLevel, Value};
 
 use crate::arguments::Format;
 use crate::output::{Rows, Style};
@@ -41,6 +41,15 @@ pub fn style() -> Style {
         width: terminal.then(width).flatten(),
         color: terminal && !no_color && !dumb,
         header: true,
+        trust: None,
+    }
+}
+
+/// As [`style`], for rows about a guest.
+pub fn style_of(trust: TrustLevel) -> Style {
+    Style {
+        trust: Some(trust),
+        ..style()
     }
 }
 

@@ -30,7 +30,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use secmon_guest::Table;
+use secmon_guest::{Table, TrustLevel};
 
 use arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions, TranslateArguments};
 use command::Action;
@@ -133,7 +133,11 @@ fn show(
     let source = session.open()?;
     let guest = session.guest_alone(&source)?;
     let started = Instant::now();
-    let outcome = query.run(&guest, listing::stdout()?, listing::style())?;
+    let outcome = query.run(
+        &guest,
+        listing::stdout()?,
+        listing::style_of(TrustLevel::L0),
+    )?;
     let elapsed = started.elapsed();
     let rows = outcome.summary.rows;
     reporter.note(format_args!("{rows} rows in {elapsed:.1?}"));
@@ -189,6 +193,6 @@ fn translate(session: &Session<'_>, arguments: &TranslateArguments, format: Form
             }
         }
     }
-    inspect::translate(walks, format)?;
+    inspect::translate(walks, format, TrustLevel::L0)?;
     source.finish()
 }

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use secmon_guest::{ColumnInfo, Kind, Request, Row, Table, Value};
+use secmon_guest::{ColumnInfo, Kind, Request, Row, Table, TrustLevel, Value};
 use secmon_memory::TableLevel;
 use secmon_monitor::launch::connect::{Connection, connect};
 use secmon_monitor::protocol::{
@@ -203,7 +203,11 @@ impl Target {
             self.rows(table, request, query.enough(), sink, &mut told)
         };
         let started = Instant::now();
-        let outcome = query.run_from(&mut source, listing::stdout()?, listing::style())?;
+        let outcome = query.run_from(
+            &mut source,
+            listing::stdout()?,
+            listing::style_of(TrustLevel::L1),
+        )?;
         let rows = outcome.summary.rows;
         reporter.note(format_args!("{rows} rows in {:.1?}", started.elapsed()));
         findings::report(&told, query, outcome, options.strict, reporter)
@@ -309,7 +313,7 @@ impl Target {
                 }
                 ControlFlow::Continue(())
             })?;
-        inspect::translate(walks, format)?;
+        inspect::translate(walks, format, TrustLevel::L1)?;
         ended(end)
     }
 

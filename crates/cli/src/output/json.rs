@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use secmon_guest::{ColumnInfo, Value};
+use secmon_guest::{ColumnInfo, TrustLevel, Value};
 use serde::ser::Serializer;
 use serde_json::ser::{CompactFormatter, Formatter};
 
@@ -47,8 +47,14 @@ pub fn write(out: &mut impl Write, value: &impl serde::Serialize) -> io::Result<
 }
 
 /// Writes one row as an object; what could not be read is `null` there and has
-/// its reason in a last member `unreadable`.
-pub fn write_row(out: &mut impl Write, columns: &[ColumnInfo], values: &[Value]) -> io::Result<()> {
+/// its reason in a member `unreadable` after the others; the last is the trust
+/// level, if the row has one.
+pub fn write_row(
+    out: &mut impl Write,
+    columns: &[ColumnInfo],
+    values: &[Value],
+    trust: Option<TrustLevel>,
+) -> io::Result<()> {
     let mut unreadable = false;
     let mut before: &[u8] = b"{\"";
     for (column, value) in columns.iter().zip(values) {
@@ -63,6 +69,12 @@ pub fn write_row(out: &mut impl Write, columns: &[ColumnInfo], values: &[Value])
     if unreadable {
         out.write_all(b",\"unreadable\":")?;
         write(out, &Reasons(columns, values))?;
+    }
+    if let Some(trust) = trust {
+        let comma: &[u8] = if columns.is_empty() { b"{" } else { b"," };
+        out.write_all(comma)?;
+        write!(out, "\"{}\":\"{}\"", super::TRUST_LEVEL, trust.name())?;
+        return out.write_all(b"}");
     }
     out.write_all(if columns.is_empty() { b"{}" } else { b"}" })
 }

@@ -23,7 +23,8 @@ pub fn describe_tables(out: &mut impl Write, tables: &[&dyn Table]) -> io::Resul
          and CSV always have all. A column marked *user pages* is read from a process's own memory\n\
          and can be swapped out. Any value can be null; one that could not be read is null in JSON\n\
          and has its reason in the row's `unreadable` object. Addresses are `\"0x…\"` strings in\n\
-         JSON, times are RFC 3339 in UTC.\n\n\
+         JSON, times are RFC 3339 in UTC. Each row of JSON and CSV ends with `trust_level`: L0 from a\n\
+         process on the host, L1 from a monitoring VM.\n\n\
          | command | also | rows |\n|---|---|---|"
     )?;
     for table in tables {

@@ -8,7 +8,7 @@ mod table;
 
 use std::io::{self, Write};
 
-use secmon_guest::{ColumnInfo, Kind, Value};
+use secmon_guest::{ColumnInfo, Kind, TrustLevel, Value};
 
 pub use markdown::describe_tables;
 pub use table::{Style, push_value};
@@ -16,10 +16,17 @@ pub use table::{Style, push_value};
 use crate::arguments::Format;
 use table::Table;
 
+/// The member of each row about a guest that says how well what it says was
+/// protected.
+const TRUST_LEVEL: &str = "trust_level";
+
 /// Rows on their way out.
 pub struct Rows<W: Write> {
     form: Form<W>,
     columns: Vec<ColumnInfo>,
+    trust: Option<TrustLevel>,
+    /// Whether somebody looks at a terminal.
+    terminal: bool,
     rows: u64,
     unreadable: Vec<u64>,
     rows_with_unreadable: u64,
@@ -77,7 +84,10 @@ impl<W: Write> Rows<W> {
                 let mut writer = csv::WriterBuilder::new().from_writer(out);
                 if style.header {
                     writer
-                        .write_record(columns.iter().map(|column| column.name))
+                        .write_record(
+                            (columns.iter().map(|column| column.name))
+                                .chain(style.trust.map(|_| TRUST_LEVEL)),
+                        )
                         .map_err(csv_error)?;
                 }
                 Form::Csv(Box::new(writer))
@@ -87,6 +97,8 @@ impl<W: Write> Rows<W> {
             form,
             unreadable: vec![0; columns.len()],
             columns,
+            trust: style.trust,
+            terminal: style.width.is_some(),
             rows: 0,
             rows_with_unreadable: 0,
         })
@@ -107,15 +119,18 @@ impl<W: Write> Rows<W> {
             Form::Json(out) => {
                 let separator: &[u8] = if self.rows == 0 { b"\n" } else { b",\n" };
                 out.write_all(separator)?;
-                json::write_row(out, &self.columns, values)?;
+                json::write_row(out, &self.columns, values, self.trust)?;
             }
             Form::Ndjson(out) => {
-                json::write_row(out, &self.columns, values)?;
+                json::write_row(out, &self.columns, values, self.trust)?;
                 out.write_all(b"\n")?;
             }
             Form::Csv(writer) => {
                 for value in values {
                     writer.write_field(csv_cell(value)).map_err(csv_error)?;
+                }
+                if let Some(trust) = self.trust {
+                    writer.write_field(trust.name()).map_err(csv_error)?;
                 }
                 writer.write_record(None::<&[u8]>).map_err(csv_error)?;
             }
@@ -129,6 +144,9 @@ impl<W: Write> Rows<W> {
         match &mut self.form {
             Form::Table(table, out) => {
                 table.flush(out)?;
+                if let Some(trust) = self.trust.filter(|_| self.terminal) {
+                    writeln!(out, "trust level {trust}: {}", trust.meaning())?;
+                }
                 out.flush()?;
             }
             Form::Json(out) => {
@@ -200,6 +218,7 @@ mod tests {
         width: None,
         color: false,
         header: true,
+        trust: None,
     };
 
     fn written(format: Format, style: Style, rows: &[Vec<Value>]) -> (String, Summary) {
@@ -215,6 +234,33 @@ mod tests {
     fn row(pid: u64, comm: &[u8], arguments: &[&[u8]]) -> Vec<Value> {
         let arguments = arguments.iter().map(|bytes| Value::text(*bytes)).collect();
         vec![pid.into(), Value::text(comm), Value::List(arguments)]
+    }
+
+    #[test]
+    fn every_row_about_a_guest_says_its_trust_level() {
+        let trusted = Style {
+            trust: Some(TrustLevel::L1),
+            ..PIPE
+        };
+        let rows = [row(1, b"init", &[])];
+        let text = |format, style| written(format, style, &rows).0;
+        let json = r#"{"pid":1,"comm":"init","cmdline":[],"trust_level":"L1"}"#;
+        assert_eq!(text(Format::Ndjson, trusted), format!("{json}\n"));
+        assert_eq!(text(Format::Json, trusted), format!("[\n{json}\n]\n"));
+        assert_eq!(
+            text(Format::Csv, trusted),
+            "pid,comm,cmdline,trust_level\n1,init,[],L1\n"
+        );
+        assert!(!text(Format::Table, trusted).contains("L1"));
+        let terminal = Style {
+            width: Some(80),
+            ..trusted
+        };
+        let shown = text(Format::Table, terminal);
+        assert!(
+            shown.ends_with("\ntrust level L1: a monitoring VM\n"),
+            "{shown}"
+        );
     }
 
     /// What a hostile guest calls its processes.

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 
-use secmon_guest::{ColumnInfo, Kind, Value};
+use secmon_guest::{ColumnInfo, Kind, TrustLevel, Value};
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use super::escape;
@@ -29,6 +29,9 @@ pub struct Style {
     pub color: bool,
     /// Whether there is a header.
     pub header: bool,
+    /// How well what the rows say was protected, where they are about a guest:
+    /// each row of JSON and CSV says it, and a terminal after the last row.
+    pub trust: Option<TrustLevel>,
 }
 
 /// Cells as text, back to back in one string.

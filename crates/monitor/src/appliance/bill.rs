@@ -34,6 +34,7 @@ const MANIFESTS: &[(&str, &str)] = &[
         include_str!("../../../platform/Cargo.toml"),
     ),
     ("secmon-memory", include_str!("../../../memory/Cargo.toml")),
+    ("secmon-gate", include_str!("../../../gate/Cargo.toml")),
     (
         "secmon-sandbox",
         include_str!("../../../sandbox/Cargo.toml"),
