@@ -27,8 +27,17 @@ const MAX_PLACES: usize = 64;
 pub(super) trait Sink {
     /// Waits until one message of rows or bytes may be sent.
     fn permit(&self) -> Permit;
-    /// Sends a message; breaks if it can't be.
-    fn send(&self, reply: &Reply) -> ControlFlow<()>;
+    /// Sends a message.
+    fn send(&self, reply: &Reply) -> Result<(), Unsent>;
+}
+
+/// Why a message was not sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unsent {
+    /// The session is over.
+    Over,
+    /// It is larger than a message may be.
+    TooLarge,
 }
 
 /// A query that was checked.
@@ -87,6 +96,7 @@ pub(super) fn rows(id: u32, query: &Checked, guest: &Guest, sink: &dyn Sink) -> 
         rows: Vec::new(),
         bytes: 0,
         sent: 0,
+        too_large: false,
         sink,
     };
     let mut left = query.limit;
@@ -102,10 +112,19 @@ pub(super) fn rows(id: u32, query: &Checked, guest: &Guest, sink: &dyn Sink) -> 
         });
     }
     let _ = batch.flush();
-    let sent = batch.sent;
+    let Batch {
+        sent, too_large, ..
+    } = batch;
     let mut end = diagnose(id, guest, sink);
     end.sent = sent;
-    end.error = read.err().map(|error| error.to_string());
+    end.error = match read {
+        Err(error) => Some(error.to_string()),
+        Ok(()) if too_large => Some(format!(
+            "the listing ended after {sent} rows: what follows is larger than a message may be; \
+             ask for fewer columns"
+        )),
+        Ok(()) => None,
+    };
     end
 }
 
@@ -140,6 +159,8 @@ struct Batch<'a> {
     rows: Vec<Vec<Cell>>,
     bytes: usize,
     sent: u64,
+    /// Whether rows were too large to be sent.
+    too_large: bool,
     sink: &'a dyn Sink,
 }
 
@@ -164,9 +185,16 @@ impl Batch<'_> {
             return ControlFlow::Break(());
         }
         let count = rows.len() as u64;
-        self.sink.send(&Reply::Rows { id: self.id, rows })?;
-        self.sent = self.sent.saturating_add(count);
-        ControlFlow::Continue(())
+        match self.sink.send(&Reply::Rows { id: self.id, rows }) {
+            Ok(()) => {
+                self.sent = self.sent.saturating_add(count);
+                ControlFlow::Continue(())
+            }
+            Err(unsent) => {
+                self.too_large = unsent == Unsent::TooLarge;
+                ControlFlow::Break(())
+            }
+        }
     }
 }
 
@@ -204,7 +232,7 @@ pub(super) fn bytes(id: u32, found: &Found, length: u64, sink: &dyn Sink) -> End
                     address: start,
                     bytes,
                 };
-                if sink.send(&reply).is_break() {
+                if sink.send(&reply).is_err() {
                     break;
                 }
                 end.sent = end.sent.saturating_add(count);
@@ -281,7 +309,7 @@ pub(super) fn walks(
                 })
                 .map_err(|error| error.to_string()),
         };
-        if sink.send(&walk).is_break() {
+        if sink.send(&walk).is_err() {
             break;
         }
         end.sent = end.sent.saturating_add(1);
@@ -350,6 +378,49 @@ mod tests {
         assert!(refused("nothing", &[]).contains("nothing"));
         assert!(refused("ps", &["colour"]).contains("colour"));
         assert!(refused("ps", &["pid"; 1000]).contains("1000"));
+    }
+
+    /// Takes messages of a few rows.
+    #[derive(Default)]
+    struct Small(std::cell::RefCell<Vec<usize>>);
+
+    impl Sink for Small {
+        fn permit(&self) -> Permit {
+            Permit::Send
+        }
+
+        fn send(&self, reply: &Reply) -> Result<(), Unsent> {
+            match reply {
+                Reply::Rows { rows, .. }
+                    if rows.iter().flatten().map(weight).sum::<usize>() < 100_000 =>
+                {
+                    self.0.borrow_mut().push(rows.len());
+                    Ok(())
+                }
+                _ => Err(Unsent::TooLarge),
+            }
+        }
+    }
+
+    #[test]
+    fn rows_go_in_pieces_and_one_too_large_is_no_silent_end() {
+        let sink = Small::default();
+        let mut batch = Batch {
+            id: 1,
+            rows: Vec::new(),
+            bytes: 0,
+            sent: 0,
+            too_large: false,
+            sink: &sink,
+        };
+        let row = |length| vec![Cell::One(Scalar::Text(vec![b'x'; length]))];
+        for _ in 0..BATCH_ROWS + 1 {
+            assert!(batch.push(row(1)).is_continue());
+        }
+        assert!(batch.push(row(BATCH_BYTES)).is_continue());
+        assert_eq!(*sink.0.borrow(), [BATCH_ROWS, 2]);
+        assert!(batch.push(row(1 << 20)).is_break());
+        assert!(batch.too_large && batch.sent == BATCH_ROWS as u64 + 2);
     }
 
     #[test]

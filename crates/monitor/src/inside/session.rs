@@ -1,13 +1,12 @@
 //! Serves one client after another.
 
-use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use secmon_channel::{ChannelError, Peer, Session, Stream, Writer};
 
-use super::answer::{self, Sink};
+use super::answer::{self, Sink, Unsent};
 use super::credit::{Permit, Requests};
 use super::worker::Shared;
 use super::{log, place};
@@ -66,21 +65,21 @@ struct Conversation {
 
 impl Conversation {
     /// Sends a message; a client that does not take it ends the session.
-    fn send(&self, reply: &Reply) -> ControlFlow<()> {
+    fn send(&self, reply: &Reply) -> Result<(), Unsent> {
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         if self.requests.is_over() {
-            return ControlFlow::Break(());
+            return Err(Unsent::Over);
         }
         match writer.send(reply, Instant::now().checked_add(SEND)) {
-            Ok(()) => ControlFlow::Continue(()),
-            // One that is too large is the request's matter.
+            Ok(()) => Ok(()),
+            // That is the request's matter.
             Err(ChannelError::TooLong { .. } | ChannelError::Encode { .. }) => {
-                ControlFlow::Break(())
+                Err(Unsent::TooLarge)
             }
             Err(error) => {
                 log(format_args!("client {}: {error}", self.client));
                 self.requests.stop();
-                ControlFlow::Break(())
+                Err(Unsent::Over)
             }
         }
     }
@@ -101,7 +100,7 @@ impl Sink for Answering<'_> {
         self.conversation.requests.take(self.id)
     }
 
-    fn send(&self, reply: &Reply) -> ControlFlow<()> {
+    fn send(&self, reply: &Reply) -> Result<(), Unsent> {
         self.conversation.send(reply)
     }
 }
@@ -160,14 +159,14 @@ fn notices(conversation: &Conversation) {
     let mut sent = 0;
     while !conversation.requests.is_over() {
         let heartbeat = shared.heartbeat(conversation.requests.running());
-        if conversation.send(&Reply::Heartbeat(heartbeat)).is_break() {
+        if conversation.send(&Reply::Heartbeat(heartbeat)).is_err() {
             return;
         }
         let next = Instant::now().checked_add(BEAT);
         loop {
             for finding in shared.findings_after(sent, FINDINGS) {
                 sent = finding.sequence;
-                if conversation.send(&Reply::Finding(finding)).is_break() {
+                if conversation.send(&Reply::Finding(finding)).is_err() {
                     return;
                 }
             }
@@ -271,7 +270,9 @@ fn run(
         // The number may be used again as soon as the client hears the end.
         conversation.requests.end(id);
         match outcome {
-            Ok(end) => drop(conversation.send(&Reply::End { id, end })),
+            Ok(end) => {
+                let _ = conversation.send(&Reply::End { id, end });
+            }
             Err(refusal) => conversation.refuse(id, refusal),
         }
     });
