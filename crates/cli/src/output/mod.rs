@@ -379,7 +379,7 @@ mod tests {
             let (text, _) = written(Format::Csv, PIPE, &rows);
             let records = csv::Reader::from_reader(text.as_bytes()).into_records().count();
             prop_assert_eq!(records, rows.len());
-            let style = Style { width: Some(width), color: true, header: true };
+            let style = Style { width: Some(width), color: true, header: true, trust: None };
             let (table, _) = written(Format::Table, style, &rows);
             prop_assert_eq!(table.lines().count(), rows.len() + 1);
         }
