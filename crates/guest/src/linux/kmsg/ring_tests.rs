@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::super::layout::{core_number, ring_by_proof, ring_from_core_information};
+use super::super::layout::{core_number, known_layouts, ring_by_proof, ring_from_core_information};
 use super::*;
 
 /// A printk ring in a byte array that starts at address 0, written as the
@@ -21,36 +21,9 @@ struct Writer {
     exact: bool,
 }
 
+/// The layout of the kernels that most machines run: the first known one.
 fn layout() -> RingLayout {
-    RingLayout {
-        count_bits: 0,
-        descriptors: 8,
-        infos: 16,
-        head_id: 24,
-        tail_id: 32,
-        size_bits: 48,
-        data: 56,
-        descriptor_size: 24,
-        state: 0,
-        begin: 8,
-        next: 16,
-        info_size: 88,
-        sequence: 0,
-        time: 8,
-        text_length: 16,
-        facility: 18,
-        flags_and_level: 19,
-        caller: 20,
-        command: None,
-        subsystem: Some(FixedText {
-            offset: 24,
-            length: 16,
-        }),
-        device: Some(FixedText {
-            offset: 40,
-            length: 48,
-        }),
-    }
+    known_layouts().next().expect("a known layout")
 }
 
 impl Writer {
