@@ -129,6 +129,12 @@ fn refused(output: &Output) -> String {
 fn kill(pid: u64) {
     let status = Command::new("kill").args(["-9", &pid.to_string()]).status();
     assert!(status.expect("kill").success(), "process {pid}");
+    // A signal is sent at once and takes effect in its own time.
+    let deadline = Instant::now() + PATIENCE;
+    while is_alive(pid) {
+        assert!(Instant::now() < deadline, "process {pid} is still there");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn is_alive(pid: u64) -> bool {

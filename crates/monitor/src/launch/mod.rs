@@ -3,9 +3,9 @@
 //! [`up`](up::up) checks the targets, makes the monitor's
 //! [folder](run_directory) with its keys and starts the
 //! [supervisor](supervisor::supervise), a process of its own. The supervisor
-//! starts QEMU through the [starter](starter), which gives up every right but
+//! starts QEMU through the [starter], which gives up every right but
 //! reading the targets' RAM files, and [plugs](hotplug) that RAM in.
-//! [`connect`](connect::connect) talks to the monitor inside.
+//! [`connect()`](connect::connect) talks to the monitor inside.
 
 pub mod account;
 pub mod command_line;
