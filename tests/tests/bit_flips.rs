@@ -15,7 +15,8 @@ use secmon_tests::images;
 const FLIPS: usize = 10_000;
 /// Flips on each kernel anywhere in memory.
 const FLIPS_ANYWHERE: usize = 10_000;
-/// How many of the flips may show another object without a diagnostic. One of
+/// How many of the flips in lines that are read may show another object without
+/// a diagnostic; of those anywhere in memory none may. One of
 /// 60,000 did when this was last measured: a descriptor that leads to a file
 /// which counts more references than the tables know of. What holds such a file
 /// was not found out; System V segments and descriptors under way in messages
@@ -40,7 +41,7 @@ fn own_memory_kib() -> u64 {
         .expect("a number")
 }
 
-fn check(suite: Suite, what: &str, report: &Report) {
+fn check(suite: Suite, what: &str, untold_limit: usize, report: &Report) {
     println!(
         "{suite:?}: {} flips {what}, {} of them in lines that no table reads; {} trials, {} \
          noticed; {} readings, the longest {:?}; untold: {:x?}",
@@ -58,7 +59,7 @@ fn check(suite: Suite, what: &str, report: &Report) {
         report.longest
     );
     assert!(
-        report.untold.len() <= UNTOLD_LIMIT,
+        report.untold.len() <= untold_limit,
         "{suite:?}: rows of other objects without a diagnostic: {:x?}",
         report.untold
     );
@@ -76,7 +77,7 @@ fn flip_bits(suite: Suite) {
     let seed = 0x9e37_79b9_7f4a_7c15;
     let flips = specimen.flips_in_read_lines(seed, FLIPS);
     let report = specimen.try_flips(&flips).expect("an image to write to");
-    check(suite, "where tables look", &report);
+    check(suite, "where tables look", UNTOLD_LIMIT, &report);
     assert_eq!(report.unread, 0);
     assert!(
         report.noticed > FLIPS / 100,
@@ -85,7 +86,7 @@ fn flip_bits(suite: Suite) {
 
     let flips = specimen.flips_anywhere(seed, FLIPS_ANYWHERE);
     let report = specimen.try_flips(&flips).expect("an image to write to");
-    check(suite, "anywhere", &report);
+    check(suite, "anywhere", 0, &report);
 
     assert!(
         own_memory_kib() < MEMORY_LIMIT_KIB,
