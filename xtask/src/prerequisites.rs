@@ -67,6 +67,16 @@ const TESTS: &[Prerequisite] = &[
         needed_for: "compressed dumps to test with",
     },
     Prerequisite {
+        file: "virt-xml-validate",
+        package: "libvirt-clients",
+        needed_for: "checking libvirt domains",
+    },
+    Prerequisite {
+        file: "xmllint",
+        package: "libxml2-utils",
+        needed_for: "checking libvirt domains",
+    },
+    Prerequisite {
         file: "c++",
         package: "g++",
         needed_for: "the fuzzer's driver",
