@@ -1,13 +1,13 @@
 //! What runs inside of the monitoring VM.
 //!
-//! Two processes of the one program. **Process 1** ([`init`]) mounts what is
+//! Two processes of the one program. **Process 1** (`init`) mounts what is
 //! needed, loads the modules, reads the configuration, and from then on only
-//! watches the **worker** ([`worker`]): it starts it again if it dies or its
+//! watches the **worker** (`worker`): it starts it again if it dies or its
 //! pulse stops, and parses nothing of what the worker or a guest wrote. The
 //! worker opens the targets' memory and its port, confines itself so that it
-//! can open nothing more, and only then looks at the memory: a [`watcher`] per
-//! target follows what the target does, a [`session`] serves the client, one
-//! thread per request. What the watchers find goes to the [`outbox`], which
+//! can open nothing more, and only then looks at the memory: a `watcher` per
+//! target follows what the target does, a `session` serves the client, one
+//! thread per request. What the watchers find goes to the `outbox`, which
 //! outlives the worker.
 //!
 //! There is no shell, no network, and no way to load another module.
