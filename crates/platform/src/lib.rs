@@ -3,6 +3,8 @@
 //!
 //! It knows hypervisors and file formats, and nothing of guests.
 
+#![forbid(unsafe_code)]
+
 pub mod image;
 pub mod ivshmem;
 pub mod layout;
