@@ -13,10 +13,13 @@ use secmon_truth::{PORT_NAME, Workload};
 
 use crate::acceleration::Acceleration;
 use crate::emulator::Emulator;
-use crate::guest::{Folder, Guest, Running};
+use crate::guest::{Folder, Guest, NotReady, Running};
 use crate::kernel::Kernel;
 use crate::suite::Suite;
 use crate::{initramfs, spawn};
+
+/// How often a guest is booted whose kernel panics on the way.
+const ATTEMPTS: u32 = 3;
 
 /// The machine QEMU emulates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,7 +207,33 @@ impl GuestBuilder {
     }
 
     /// Boots it and waits until its workload stands.
+    ///
+    /// Emulation does not keep what the architecture promises for code that
+    /// one processor changes while another runs it: a kernel that patches
+    /// itself dies of it in one boot of some hundred. A guest whose kernel
+    /// panicked is therefore booted again, and standard error says so.
+    ///
+    /// # Errors
+    /// If it never comes up; the console's text is in the error.
     pub fn boot(self) -> Result<Guest> {
+        let mut attempt = 1;
+        loop {
+            let error = match self.boot_once() {
+                Ok(guest) => return Ok(guest),
+                Err(error) => error,
+            };
+            let panicked = error
+                .downcast_ref::<NotReady>()
+                .is_some_and(|not_ready| not_ready.panicked);
+            if !panicked || attempt == ATTEMPTS {
+                return Err(error.context(format!("attempt {attempt} to boot a guest")));
+            }
+            eprintln!("attempt {attempt} to boot a guest, made again: {error}");
+            attempt += 1;
+        }
+    }
+
+    fn boot_once(&self) -> Result<Guest> {
         ensure!(
             self.paging == Paging::FourLevel || self.suite.has_five_level_paging(),
             "Debian's kernel {} is built without five-level paging",

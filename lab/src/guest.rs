@@ -21,6 +21,16 @@ use crate::truth_channel::TruthChannel;
 /// How much of the serial log an error shows.
 const LOG_TAIL: usize = 3000;
 
+/// Why a guest did not come up.
+#[derive(Debug, thiserror::Error)]
+#[error("{report}")]
+pub(crate) struct NotReady {
+    /// Whether it was emulated and its own kernel gave up.
+    pub(crate) panicked: bool,
+    /// What happened, with what QEMU and the console said.
+    report: String,
+}
+
 /// A guest that runs until this value is dropped.
 #[derive(Debug)]
 pub struct Guest {
@@ -81,15 +91,19 @@ impl Guest {
                     || "QEMU still ran".to_owned(),
                     |status| format!("QEMU ended with {status}"),
                 );
-                Err(error.context(format!(
-                    "the guest {} ({}, {}) wasn't ready after {:.1} s; {state}\n--- QEMU\n{}\n--- console\n{}",
-                    running.name,
-                    running.kernel.release(),
-                    running.acceleration.name(),
-                    start.elapsed().as_secs_f32(),
-                    tail(&running.folder.path().join("qemu.log")),
-                    tail(&running.folder.path().join(SERIAL_LOG)),
-                )))
+                let console = tail(&running.folder.path().join(SERIAL_LOG));
+                Err(error.context(NotReady {
+                    panicked: running.acceleration == Acceleration::Tcg
+                        && console.contains("Kernel panic - not syncing"),
+                    report: format!(
+                        "the guest {} ({}, {}) wasn't ready after {:.1} s; {state}\n--- QEMU\n{}\n--- console\n{console}",
+                        running.name,
+                        running.kernel.release(),
+                        running.acceleration.name(),
+                        start.elapsed().as_secs_f32(),
+                        tail(&running.folder.path().join("qemu.log")),
+                    ),
+                }))
             }
         }
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use secmon_lab::qmp::DumpFormat;
 use secmon_lab::truth::{FileKind, Process};
-use secmon_lab::{Backing, Guest, Machine, Paging, QmpAccess, Suite, Workload};
+use secmon_lab::{Acceleration, Backing, Guest, Machine, Paging, QmpAccess, Suite, Workload};
 
 /// What a kernel can't do, by its series and the start of the message: each
 /// is a fact about Debian's build of it.
@@ -354,4 +354,17 @@ fn memory_is_where_the_guest_says() -> anyhow::Result<()> {
     assert!(filled.count() >= 1000);
     assert!(Path::new("/proc").join(guest.pid().to_string()).exists());
     Ok(())
+}
+
+#[test]
+fn a_kernel_that_panics_is_booted_again_and_then_an_error() {
+    let error = Guest::builder(Suite::Bookworm)
+        .acceleration(Acceleration::Tcg)
+        .kernel_argument("rdinit=/nothing")
+        .boot()
+        .map(|_| ())
+        .expect_err("a guest without its first process");
+    let text = format!("{error:#}");
+    assert!(text.contains("attempt 3"), "{text}");
+    assert!(text.contains("Kernel panic"), "{text}");
 }
