@@ -225,7 +225,10 @@ impl GuestBuilder {
             let panicked = error
                 .downcast_ref::<NotReady>()
                 .is_some_and(|not_ready| not_ready.panicked);
-            if !panicked || attempt == ATTEMPTS {
+            if !panicked {
+                return Err(error);
+            }
+            if attempt == ATTEMPTS {
                 return Err(error.context(format!("attempt {attempt} to boot a guest")));
             }
             eprintln!("attempt {attempt} to boot a guest, made again: {error}");

@@ -86,6 +86,11 @@ impl Host {
         self.json("processes.json")[process]["pid"].as_u64()
     }
 
+    /// How often the VM was started again.
+    fn restarts(&self) -> u64 {
+        self.json("state.json")["restarts"].as_u64().unwrap_or(0)
+    }
+
     /// The state of the only target.
     fn target(&self) -> String {
         let state = self.json("state.json");
@@ -249,12 +254,15 @@ fn a_monitor_comes_up_survives_and_goes() {
     assert!(error.contains("--name"), "{error}");
 
     for _ in 0..rounds() {
-        // The VM dies: another one.
+        // The VM dies: another one. Its number is written down before it runs,
+        // the count of restarts when it does.
         let machine = host.pid("machine").expect("a VM");
+        let restarts = host.restarts();
         kill(machine);
         host.wait("another VM", |host| {
             host.pid("machine")
                 .is_some_and(|pid| pid != machine && is_alive(pid))
+                && host.restarts() > restarts
                 && host.target() == "watched"
         });
         assert_runs(&guest);
