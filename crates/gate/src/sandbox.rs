@@ -10,10 +10,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
-};
+use landlock::{AccessFs, PathBeneath, PathFd, RulesetCreatedAttr, RulesetStatus};
 use nix::unistd::{Uid, User, initgroups, setgid, setgroups, setuid};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -195,17 +192,8 @@ pub fn confine_keeper() -> Result<(), SandboxError> {
 }
 
 fn restrict_files(folders: &[PathBuf]) -> Result<(), SandboxError> {
-    // The newest set of rights that this program knows; an older kernel
-    // handles those it knows itself.
-    let abi = ABI::V6;
     let text = |error: landlock::RulesetError| SandboxError::Landlock(error.to_string());
-    let mut ruleset = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(abi))
-        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(abi)))
-        .and_then(|ruleset| ruleset.scope(Scope::from_all(abi)))
-        .and_then(Ruleset::create)
-        .map_err(text)?;
+    let mut ruleset = secmon_sandbox::deny_all().map_err(text)?;
     let files = AccessFs::ReadFile
         | AccessFs::WriteFile
         | AccessFs::Truncate

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -78,20 +78,30 @@ pub fn confine(stage: Stage, needs: &Needs) -> Vec<Weakness> {
     weaknesses
 }
 
-fn restrict_files(needs: &Needs) -> Result<(), String> {
-    // The newest set of rights that this program knows; an older kernel
-    // handles those it knows itself.
-    let abi = ABI::V6;
-    let text = |error: landlock::RulesetError| error.to_string();
-    let mut ruleset = Ruleset::default()
+/// The newest set of landlock's rights that this program knows; an older kernel
+/// handles those it knows itself.
+pub const KNOWN_RIGHTS: ABI = ABI::V6;
+
+/// A landlock ruleset that forbids all that landlock can: files, TCP ports,
+/// signals and abstract sockets. What is to be allowed is added to it.
+///
+/// # Errors
+/// The kernel's, other than that it has no landlock: that shows when the
+/// ruleset is put in force.
+pub fn deny_all() -> Result<RulesetCreated, RulesetError> {
+    Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(abi))
-        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(abi)))
-        .and_then(|ruleset| ruleset.scope(Scope::from_all(abi)))
-        .and_then(Ruleset::create)
-        .map_err(text)?;
+        .handle_access(AccessFs::from_all(KNOWN_RIGHTS))?
+        .handle_access(AccessNet::from_all(KNOWN_RIGHTS))?
+        .scope(Scope::from_all(KNOWN_RIGHTS))?
+        .create()
+}
+
+fn restrict_files(needs: &Needs) -> Result<(), String> {
+    let text = |error: RulesetError| error.to_string();
+    let mut ruleset = deny_all().map_err(text)?;
     let read: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::ReadDir;
-    let write = AccessFs::from_all(abi) & !(AccessFs::Execute | AccessFs::IoctlDev);
+    let write = AccessFs::from_all(KNOWN_RIGHTS) & !(AccessFs::Execute | AccessFs::IoctlDev);
     let rules = (needs.readable.iter().map(|path| (path, read)))
         .chain(needs.writable.iter().map(|path| (path, write)));
     for (path, mut access) in rules {
@@ -100,7 +110,7 @@ fn restrict_files(needs: &Needs) -> Result<(), String> {
             continue;
         };
         if !path.is_dir() {
-            access &= AccessFs::from_file(abi);
+            access &= AccessFs::from_file(KNOWN_RIGHTS);
         }
         ruleset = ruleset
             .add_rule(PathBeneath::new(opened, access))

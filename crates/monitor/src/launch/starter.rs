@@ -22,10 +22,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
-    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
-};
+use landlock::{AccessFs, BitFlags, PathBeneath, PathFd, RulesetCreatedAttr, RulesetStatus};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, Signal, getppid, set_parent_process_death_signal};
@@ -257,15 +254,8 @@ fn limit() -> Result<(), StartError> {
 /// What QEMU may still open: programs, libraries and firmware where they lie,
 /// the kernel and initramfs, the targets' RAM, and its own entries in `/proc`.
 fn rules(plan: &StartPlan, open: &[OpenFile<'_>]) -> Result<landlock::RulesetCreated, StartError> {
-    let abi = ABI::V6;
     let failed = |error: landlock::RulesetError| confinement("landlock", &error);
-    let mut ruleset = Ruleset::default()
-        .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(abi))
-        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(abi)))
-        .and_then(|ruleset| ruleset.scope(Scope::from_all(abi)))
-        .and_then(Ruleset::create)
-        .map_err(failed)?;
+    let mut ruleset = secmon_sandbox::deny_all().map_err(failed)?;
     let read: BitFlags<AccessFs> = AccessFs::ReadFile | AccessFs::ReadDir;
     let run = read | AccessFs::Execute;
     let program = fs::canonicalize(&plan.program).unwrap_or_else(|_| plan.program.clone());
@@ -296,7 +286,7 @@ fn rules(plan: &StartPlan, open: &[OpenFile<'_>]) -> Result<landlock::RulesetCre
             continue;
         };
         if !path.is_dir() {
-            access &= AccessFs::from_file(abi);
+            access &= AccessFs::from_file(secmon_sandbox::KNOWN_RIGHTS);
         }
         ruleset = ruleset
             .add_rule(PathBeneath::new(opened, access))
