@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use secmon_profile::{TypeId, TypeKind, Types};
 
-use super::module::knowledge::types_of;
+use super::module::knowledge::{KnowledgeError, types_of};
 use super::module::modules;
 use crate::table::Items;
 use crate::{
@@ -171,6 +171,15 @@ fn items(
                 }
             }
             Ok(None) => {}
+            Err(error @ KnowledgeError::OtherTypes) => {
+                guest.diagnostics().record(Diagnostic {
+                    table: TABLE,
+                    subject: "modules".to_owned(),
+                    address: None,
+                    reason: format!("their types are missing: {error}"),
+                });
+                return Ok(());
+            }
             Err(error) => guest.diagnostics().record(Diagnostic {
                 table: TABLE,
                 subject: format!("module {}", String::from_utf8_lossy(&module.name)),

@@ -245,14 +245,19 @@ fn ring_records(
             source,
         })?;
     let (layout, origin) = ring_layout(guest, ring)?;
-    if origin == Origin::Proof {
-        record_diagnostic(
-            guest,
-            Some(ring),
+    let unsure = match origin {
+        Origin::Types => None,
+        Origin::CoreInformation => Some(
+            "without types, VMCOREINFO tells the ring's layout, but not whether records name \
+             their callers (caller_comm)",
+        ),
+        Origin::Proof => Some(
             "neither types nor VMCOREINFO tell the ring's layout; it was found by what fits \
-             its data"
-                .to_owned(),
-        );
+             its data",
+        ),
+    };
+    if let Some(unsure) = unsure {
+        record_diagnostic(guest, Some(ring), unsure.to_owned());
     }
     let read = |address, buffer: &mut [u8]| guest.space().read(address, buffer);
     let mut expected: Option<u64> = None;

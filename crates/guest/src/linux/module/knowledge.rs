@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use secmon_memory::{ReadError, VirtualAddress};
 use secmon_profile::{
-    ModuleError, ModuleSymbolTable, Symbols, Types, module_symbols, module_types,
+    ModuleError, ModuleSymbolTable, ProfileFrom, Symbols, Types, module_symbols, module_types,
 };
 
 use super::{Module, ModuleModel};
@@ -84,6 +84,10 @@ pub enum KnowledgeError {
     /// The way to them can't be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// A module's types refer to its kernel's by number, and those of a file
+    /// have other numbers.
+    #[error("they refer to the kernel's own types, in whose place an ISF file was given")]
+    OtherTypes,
     /// They are damaged.
     #[error(transparent)]
     Module(#[from] ModuleError),
@@ -172,6 +176,9 @@ pub fn types_of(
     for entry in entries(guest, table, "btf_modules", head, layout.list.offset) {
         if guest.pointer(entry, &layout.module)? != module.address {
             continue;
+        }
+        if guest.kernel().evidence.profile == ProfileFrom::Isf {
+            return Err(KnowledgeError::OtherTypes);
         }
         let blob = guest.pointer(entry, &layout.btf)?;
         let data = guest.pointer(blob, &btf.data)?;

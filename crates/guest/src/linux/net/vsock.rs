@@ -6,7 +6,7 @@ use secmon_profile::Types;
 
 use super::sock::{AF_VSOCK, SockModel};
 use crate::linux::list::entries;
-use crate::linux::module::knowledge::{module_named, symbols_of, types_of};
+use crate::linux::module::knowledge::{KnowledgeError, module_named, symbols_of, types_of};
 use crate::{Diagnostic, Guest};
 
 /// `VSOCK_HASH_SIZE`; the table of bound sockets has one more, for those that
@@ -98,7 +98,10 @@ impl Vsock {
             });
         };
         let types = types_of(guest, table, &module).unwrap_or_else(|error| {
-            complain("types", &error);
+            // Then it is with modules as before 5.11.
+            if !matches!(error, KnowledgeError::OtherTypes) {
+                complain("types", &error);
+            }
             None
         });
         let symbols = symbols_of(guest, table, &module).unwrap_or_else(|error| {
