@@ -4,6 +4,7 @@
 //! the guest's own truth. [`rows`] holds the comparison itself.
 #![forbid(unsafe_code)]
 
+pub mod btf;
 pub mod compare;
 pub mod flips;
 pub mod images;

@@ -1,6 +1,6 @@
 //! Opening a guest of the lab the way a user would.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -31,12 +31,17 @@ impl Opened {
 /// # Errors
 /// If the target can't be opened or holds no kernel.
 pub fn target(name: &str) -> Result<Opened> {
+    target_with(name, None)
+}
+
+fn target_with(name: &str, isf: Option<PathBuf>) -> Result<Opened> {
     let target: Target = name.parse().with_context(|| format!("the target {name}"))?;
     let opened = target
         .open(&OpenOptions::default())
         .with_context(|| format!("opening {name}"))?;
     let options = FindOptions {
         cache: Cache::Off,
+        isf,
         ..FindOptions::default()
     };
     let kernel = secmon_profile::find(&opened.memory, &options)
@@ -54,4 +59,12 @@ pub fn target(name: &str) -> Result<Opened> {
 /// As [`target`].
 pub fn image(path: &Path) -> Result<Opened> {
     target(&format!("file:{}", path.display()))
+}
+
+/// Opens a memory image with an ISF file in place of the kernel's own types.
+///
+/// # Errors
+/// As [`target`], or if the file can't be used.
+pub fn image_with_isf(path: &Path, isf: &Path) -> Result<Opened> {
+    target_with(&format!("file:{}", path.display()), Some(isf.to_owned()))
 }

@@ -77,6 +77,11 @@ const TESTS: &[Prerequisite] = &[
         needed_for: "checking libvirt domains",
     },
     Prerequisite {
+        file: "bpftool",
+        package: "bpftool",
+        needed_for: "another reading of kernels' types",
+    },
+    Prerequisite {
         file: "c++",
         package: "g++",
         needed_for: "the fuzzer's driver",
