@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -14,13 +15,9 @@ use secmon_gate::grants::Grants;
 use secmon_gate::log::{self, Report};
 use secmon_gate::protocol::LogHead;
 use secmon_gate::supervisor::{self, Part};
-use secmon_platform::qemu::{MonitorSocket, QemuProcess, find};
+use secmon_platform::qemu::{QemuProcess, find};
 
 use crate::report::{Advise, Reporter};
-
-/// The hidden commands by which the program becomes a gate's processes.
-const GATE_COMMAND: &str = "__gate";
-const KEEPER_COMMAND: &str = "__gate-keeper";
 
 /// The exit status if a log is not as it was written.
 const TAMPERED: i32 = 1;
@@ -157,10 +154,10 @@ fn parse_head(text: &str) -> Result<LogHead, String> {
 /// The program as one of a gate's processes, if it was started as that.
 pub fn hidden(command: &OsStr, arguments: &mut impl Iterator<Item = OsString>) -> Option<ExitCode> {
     let stdin = std::io::stdin();
-    if command == KEEPER_COMMAND {
+    if command == Part::Keeper.command() {
         return Some(secmon_gate::keeper::run(stdin));
     }
-    if command != GATE_COMMAND {
+    if command != Part::Gate.command() {
         return None;
     }
     let argument = arguments.next().unwrap_or_default();
@@ -171,12 +168,20 @@ pub fn hidden(command: &OsStr, arguments: &mut impl Iterator<Item = OsString>) -
     })
 }
 
-fn part(part: Part) -> std::io::Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg(match part {
-        Part::Gate => GATE_COMMAND,
-        Part::Keeper => KEEPER_COMMAND,
-    });
+/// The command for a part of a gate.
+pub fn part(part: Part) -> std::io::Result<Command> {
+    let program = std::env::current_exe()?;
+    // A gate's own user may not be able to enter the folder of the program,
+    // which runs already.
+    let reachable = rustix::fs::access(&program, rustix::fs::Access::EXEC_OK).is_ok();
+    let mut command = if reachable {
+        Command::new(program)
+    } else {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("secmon");
+        command
+    };
+    command.arg(part.command());
     Ok(command)
 }
 
@@ -264,11 +269,7 @@ fn free_monitor(process: &QemuProcess) -> Result<PathBuf> {
 }
 
 fn stub(process: &QemuProcess) -> Result<Option<PathBuf>> {
-    let Some(MonitorSocket::Path(path)) = &process.command_line.gdb else {
-        return Ok(None);
-    };
-    let folder = format!("/proc/{}/cwd", process.id.pid);
-    resolved(&Path::new(&folder).join(path)).map(Some)
+    process.gdb_socket().as_deref().map(resolved).transpose()
 }
 
 /// A path that needs no `/proc`, which a confined process does not see.

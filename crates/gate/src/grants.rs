@@ -13,6 +13,9 @@
 //! stops_per_second = 10
 //! ```
 //!
+//! `secmon monitor up` makes its monitor's key itself: in a file for it, the
+//! entry with the monitor's name has no `key`.
+//!
 //! A word that is not known is an error, never ignored: a grant that is
 //! misspelt must not come to mean less or more than its author thinks.
 
@@ -22,7 +25,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use secmon_channel::PublicKey;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::protocol::{Limits, Right};
 
@@ -35,8 +38,10 @@ const MAX_BYTES: u64 = 1 << 20;
 /// The most monitors in one file.
 const MAX_MONITORS: usize = 256;
 
-/// A grant file that was read and found right.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A grant file that was read and found right. Written down by others, it is
+/// its text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Grants {
     /// The target's name, for people and the log.
     pub target: String,
@@ -96,6 +101,14 @@ pub enum GrantError {
         /// `name` or `key`.
         what: &'static str,
     },
+    /// Nothing is said of the monitor that the file is for.
+    #[error(
+        "nothing is granted to monitor {monitor:?}: add a [[monitor]] with name = \"{monitor}\" and its rights"
+    )]
+    Absent {
+        /// The monitor.
+        monitor: String,
+    },
     /// A value out of bounds.
     #[error("line {line}: {reason}")]
     Value {
@@ -120,7 +133,7 @@ struct FileForm {
 #[serde(deny_unknown_fields)]
 struct MonitorForm {
     name: toml::Spanned<String>,
-    key: toml::Spanned<String>,
+    key: Option<toml::Spanned<String>>,
     #[serde(default)]
     rights: Vec<Right>,
     #[serde(default)]
@@ -133,12 +146,34 @@ struct VersionForm {
     version: toml::Spanned<u32>,
 }
 
+impl TryFrom<String> for Grants {
+    type Error = GrantError;
+
+    fn try_from(text: String) -> Result<Self, GrantError> {
+        Self::parse(&text)
+    }
+}
+
+impl From<Grants> for String {
+    fn from(grants: Grants) -> Self {
+        grants.to_text()
+    }
+}
+
 impl Grants {
     /// Reads and checks a grant file.
     ///
     /// # Errors
     /// [`GrantError`].
     pub fn read(path: &Path) -> Result<Self, GrantError> {
+        Self::parse(&Self::read_text(path)?)
+    }
+
+    /// Reads a grant file's text.
+    ///
+    /// # Errors
+    /// [`GrantError::Read`] and [`GrantError::TooLong`].
+    pub fn read_text(path: &Path) -> Result<String, GrantError> {
         let failed = |source| GrantError::Read {
             path: path.to_owned(),
             source,
@@ -153,7 +188,7 @@ impl Grants {
                 path: path.to_owned(),
             });
         }
-        Self::parse(&text)
+        Ok(text)
     }
 
     /// Understands a grant file's text.
@@ -161,6 +196,66 @@ impl Grants {
     /// # Errors
     /// [`GrantError`], with the line.
     pub fn parse(text: &str) -> Result<Self, GrantError> {
+        Self::parse_entries(text, None)
+    }
+
+    /// Understands the text of a grant file for a monitor that has just got its
+    /// key: the entry with its name needs none, and must be there.
+    ///
+    /// # Errors
+    /// [`GrantError`], with the line.
+    pub fn parse_for(text: &str, monitor: &str, key: PublicKey) -> Result<Self, GrantError> {
+        let grants = Self::parse_entries(text, Some((monitor, key)))?;
+        if grants.of(&key).is_none() {
+            return Err(GrantError::Absent {
+                monitor: monitor.to_owned(),
+            });
+        }
+        Ok(grants)
+    }
+
+    /// What a monitor has for whom there is no grant file: [`Right::Observe`]
+    /// alone.
+    #[must_use]
+    pub fn observe_alone(target: &str, monitor: &str, key: PublicKey) -> Self {
+        Self {
+            target: target.to_owned(),
+            monitors: vec![Grant {
+                name: monitor.to_owned(),
+                key,
+                rights: BTreeSet::from([Right::Observe]),
+                limits: Limits::default(),
+            }],
+        }
+    }
+
+    /// The text of a grant file that says the same.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        use std::fmt::Write as _;
+        let mut text = format!("version = {VERSION}\ntarget = \"{}\"\n", self.target);
+        for grant in &self.monitors {
+            let rights: Vec<String> = grant
+                .rights
+                .iter()
+                .map(|right| format!("\"{right}\""))
+                .collect();
+            // Writing to a string does not fail; names hold no quotes.
+            let _ = write!(
+                text,
+                "\n[[monitor]]\nname = \"{}\"\nkey = \"{}\"\nrights = [{}]\n\n[monitor.limits]\n",
+                grant.name,
+                grant.key,
+                rights.join(", ")
+            );
+            for (name, value) in limits(&grant.limits) {
+                let _ = writeln!(text, "{name} = {value}");
+            }
+        }
+        text
+    }
+
+    fn parse_entries(text: &str, made: Option<(&str, PublicKey)>) -> Result<Self, GrantError> {
         let line = |at: usize| {
             let before = text.as_bytes().get(..at).unwrap_or_default();
             1 + before.iter().filter(|byte| **byte == b'\n').count()
@@ -192,10 +287,17 @@ impl Grants {
             let name_at = monitor.name.span().start;
             let name = monitor.name.into_inner();
             check_name(&name).map_err(|reason| value(name_at, reason))?;
-            let key: PublicKey = monitor.key.get_ref().parse().map_err(|_| {
-                let reason = "a key is 64 hexadecimal digits".to_owned();
-                value(monitor.key.span().start, reason)
-            })?;
+            let key: PublicKey = match (&monitor.key, made) {
+                (None, Some((own, key))) if name == own => key,
+                (Some(text), _) => text.get_ref().parse().map_err(|_| {
+                    let reason = "a key is 64 hexadecimal digits".to_owned();
+                    value(text.span().start, reason)
+                })?,
+                (None, _) => {
+                    let reason = format!("monitor {name:?} has no key: 64 hexadecimal digits");
+                    return Err(value(name_at, reason));
+                }
+            };
             let same = |what| GrantError::Duplicate {
                 line: line(name_at),
                 name: name.clone(),
@@ -249,36 +351,33 @@ fn check_name(name: &str) -> Result<(), String> {
     }
 }
 
-fn check_limits(limits: &Limits) -> Result<(), String> {
-    let bounds = [
-        (
-            "requests_per_second",
-            limits.requests_per_second,
-            1,
-            100_000,
-        ),
-        ("stops_per_second", limits.stops_per_second, 1, 10_000),
-        (
-            "lease_milliseconds",
-            limits.lease_milliseconds,
-            10,
-            Limits::MAX_LEASE_MILLISECONDS,
-        ),
+/// The limits, each by its name in a grant file.
+fn limits(limits: &Limits) -> [(&'static str, u32); 6] {
+    [
+        ("requests_per_second", limits.requests_per_second),
+        ("stops_per_second", limits.stops_per_second),
+        ("lease_milliseconds", limits.lease_milliseconds),
         (
             "longest_stop_milliseconds",
             limits.longest_stop_milliseconds,
-            10,
-            3_600_000,
         ),
-        (
-            "silence_milliseconds",
-            limits.silence_milliseconds,
-            100,
-            900,
-        ),
-        ("breakpoints", limits.breakpoints, 1, 4096),
-    ];
-    for (name, value, least, most) in bounds {
+        ("silence_milliseconds", limits.silence_milliseconds),
+        ("breakpoints", limits.breakpoints),
+    ]
+}
+
+/// The least and the most that each limit can be, in the order of [`limits`].
+const BOUNDS: [(u32, u32); 6] = [
+    (1, 100_000),
+    (1, 10_000),
+    (10, Limits::MAX_LEASE_MILLISECONDS),
+    (10, 3_600_000),
+    (100, 900),
+    (1, 4096),
+];
+
+fn check_limits(checked: &Limits) -> Result<(), String> {
+    for ((name, value), (least, most)) in limits(checked).into_iter().zip(BOUNDS) {
         if !(least..=most).contains(&value) {
             return Err(format!("{name} = {value} is not within {least} to {most}"));
         }
@@ -322,6 +421,32 @@ mod tests {
         assert!(!grant.allows(Right::Pause) && !grant.allows(Right::Control));
         assert_eq!(grant.limits.stops_per_second, 3);
         assert_eq!(grant.limits.lease_milliseconds, 500);
+    }
+
+    #[test]
+    fn a_monitor_that_was_just_made_needs_no_key_and_all_others_do() {
+        let key: PublicKey = KEY.parse().expect("a key");
+        let text =
+            "version = 1\ntarget = \"web1\"\n[[monitor]]\nname = \"m\"\nrights = [\"pause\"]\n";
+        let grants = Grants::parse_for(text, "m", key).expect("right");
+        assert!(grants.of(&key).expect("granted").allows(Right::Pause));
+        assert_eq!(
+            Grants::parse(&grants.to_text()).expect("its own text"),
+            grants
+        );
+        for (monitor, said) in [("n", "line 4"), ("m", "")] {
+            let refused = Grants::parse_for(text, monitor, key);
+            assert_eq!(refused.is_err(), !said.is_empty(), "{monitor}");
+            if let Err(error) = refused {
+                assert!(error.to_string().contains(said), "{error}");
+            }
+        }
+        assert!(Grants::parse(text).is_err());
+        let other = "version = 1\ntarget = \"web1\"\n";
+        let error = Grants::parse_for(other, "m", key).expect_err("nothing");
+        assert!(error.to_string().contains("[[monitor]]"), "{error}");
+        let alone = Grants::observe_alone("web1", "m", key);
+        assert_eq!(Grants::parse(&alone.to_text()).expect("right"), alone);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,18 @@ pub enum Part {
     Gate,
     /// [`crate::keeper::run`], with its standard input connected to the gate.
     Keeper,
+}
+
+impl Part {
+    /// The first argument by which a program becomes this part, and by which
+    /// the part is known among processes.
+    #[must_use]
+    pub fn command(self) -> &'static str {
+        match self {
+            Self::Gate => "__gate",
+            Self::Keeper => "__gate-keeper",
+        }
+    }
 }
 
 /// What is sent to the gate.
@@ -88,8 +100,21 @@ pub fn run(
     configuration: &Configuration,
     command: impl Fn(Part) -> io::Result<Command>,
 ) -> Result<Infallible, SupervisorError> {
+    let listener = listen(&configuration.socket)?;
+    run_on(&listener, configuration, command)
+}
+
+/// As [`run`], on a socket that was made already, by [`listen`]: whoever has
+/// rights to give up can give the socket to whom it is for before.
+///
+/// # Errors
+/// [`SupervisorError`]; it never ends otherwise.
+pub fn run_on(
+    listener: &UnixListener,
+    configuration: &Configuration,
+    command: impl Fn(Part) -> io::Result<Command>,
+) -> Result<Infallible, SupervisorError> {
     let failed = |what| move |source| SupervisorError::Process { what, source };
-    let listener = listen(configuration)?;
     sandbox::drop_rights(configuration.user.as_deref())?;
     let argument = serde_json::to_string(configuration)
         .map_err(|error| failed("writing the configuration")(error.into()))?;
@@ -130,10 +155,13 @@ pub fn run(
     }
 }
 
-fn listen(configuration: &Configuration) -> Result<UnixListener, SupervisorError> {
-    let path = &configuration.socket;
+/// Makes the socket for monitors.
+///
+/// # Errors
+/// [`SupervisorError::Socket`], also if another gate listens there.
+pub fn listen(path: &Path) -> Result<UnixListener, SupervisorError> {
     let failed = |source| SupervisorError::Socket {
-        path: path.clone(),
+        path: path.to_owned(),
         source,
     };
     // A socket that an earlier gate left is in the way, another file is not

@@ -25,6 +25,17 @@ pub struct QemuProcess {
     pub reach: Reach,
 }
 
+impl QemuProcess {
+    /// Where its gdbstub listens, if on a socket with a name.
+    #[must_use]
+    pub fn gdb_socket(&self) -> Option<PathBuf> {
+        match &self.command_line.gdb {
+            Some(MonitorSocket::Path(path)) => Some(reachable_path(self.id.pid, path)),
+            _ => None,
+        }
+    }
+}
+
 /// A UNIX socket on which a QEMU speaks QMP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Monitor {
