@@ -6,10 +6,15 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use secmon_channel::{Descriptor, KeyPair, PublicKey, Stream};
+use secmon_gate::client::{ClientError, GateClient};
+use secmon_gate::protocol::{Answer, Refusal, Request, Right, TargetState};
 use secmon_lab::{Acceleration, Backing, Emulator, Guest, QmpAccess, Suite};
 use serde_json::Value;
 
@@ -60,6 +65,7 @@ impl Host {
     fn secmon(&self, words: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_secmon"))
             .env("XDG_RUNTIME_DIR", self.folder.path())
+            .env("XDG_STATE_HOME", self.folder.path())
             .args(words)
             .output()
             .expect("secmon")
@@ -84,6 +90,37 @@ impl Host {
 
     fn pid(&self, process: &str) -> Option<u64> {
         self.json("processes.json")[process]["pid"].as_u64()
+    }
+
+    /// The process numbers of the gate of the only target: supervisor, gate,
+    /// keeper; none while one of them is missing or has just died.
+    fn gate(&self) -> Option<[u64; 3]> {
+        let state = &self.json("state.json")["gates"][0];
+        let supervisor = self.json("processes.json")["gates"][0]["process"]["pid"].as_u64();
+        let pids = [
+            supervisor?,
+            state["gate"].as_u64()?,
+            state["keeper"].as_u64()?,
+        ];
+        pids.iter().all(|pid| is_alive(*pid)).then_some(pids)
+    }
+
+    /// A session with the gate, as the monitor would have it.
+    fn as_monitor(&self) -> GateClient {
+        let folder = self.folder.path().join("secmon/m");
+        let own = KeyPair::read(&folder.join("monitor.key")).expect("a key");
+        let gate: PublicKey = self.json("settings.json")["gates"][0]["key"]
+            .as_str()
+            .and_then(|key| key.parse().ok())
+            .expect("a key");
+        let socket = UnixStream::connect(folder.join("gate-0.sock")).expect("the gate listens");
+        let stream: Arc<dyn Stream> = Arc::new(Descriptor::new(socket).expect("a stream"));
+        GateClient::connect(&stream, &own, &gate, PATIENCE).expect("a session")
+    }
+
+    fn gate_log(&self, target: &str) -> String {
+        let path = format!("secmon/gates/m/{target}/gate.log");
+        self.folder.path().join(path).display().to_string()
     }
 
     /// How often the VM was started again.
@@ -222,6 +259,51 @@ fn assert_runs(guest: &Guest) {
     assert!(first > 0.0 && uptime() >= first);
 }
 
+/// What is asked of a gate.
+fn ask(client: &mut GateClient, request: Request) -> Result<Answer, Refusal> {
+    match client.ask(request, PATIENCE) {
+        Ok(answer) => Ok(answer),
+        Err(ClientError::Refused(refusal)) => Err(refusal),
+        Err(ClientError::Channel(error)) => panic!("{error}"),
+    }
+}
+
+/// Asks until the gate has found the target's QEMU.
+fn run_state(client: &mut GateClient) -> TargetState {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match ask(client, Request::Status) {
+            Ok(Answer::Status(status)) if status.state == TargetState::Gone => {
+                assert!(Instant::now() < deadline, "the target is not found");
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Ok(Answer::Status(status)) => return status.state,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Gate and keeper have no more rights than they need, and a user of their
+/// own.
+fn assert_gate_confined([supervisor, gate, keeper]: [u64; 3], machine: u64) {
+    for pid in [gate, keeper] {
+        assert_eq!(field(pid, "Seccomp:"), "2");
+    }
+    for pid in [supervisor, gate, keeper] {
+        assert_eq!(field(pid, "NoNewPrivs:"), "1");
+        if rustix_is_root() {
+            let user = field(pid, "Uid:");
+            assert!(user != "0" && user != field(machine, "Uid:"), "{user}");
+            assert_eq!(field(pid, "CapEff:"), "0000000000000000");
+            assert_eq!(field(pid, "CapPrm:"), "0000000000000000");
+        }
+    }
+}
+
+const PAUSE: Request = Request::Pause {
+    lease_milliseconds: 100,
+};
+
 /// How often each process is killed.
 fn rounds() -> u32 {
     let rounds = std::env::var("SECMON_KILL_ROUNDS").ok();
@@ -246,6 +328,19 @@ fn a_monitor_comes_up_survives_and_goes() {
     assert_confined(machine, &ram);
     assert_runs(&guest);
 
+    // Its gate: nothing is granted but to observe.
+    assert!(
+        said.contains("through its gate: observe alone")
+            && said.contains("not pause, trace, respond, control"),
+        "{said}"
+    );
+    host.wait("a gate", |host| host.gate().is_some());
+    assert_gate_confined(host.gate().expect("a gate"), machine);
+    let mut monitor = host.as_monitor();
+    assert_eq!(run_state(&mut monitor), TargetState::Running);
+    assert_eq!(ask(&mut monitor, PAUSE), Err(Refusal::Denied(Right::Pause)));
+    drop(monitor);
+
     // Again: nothing happens. Another target: refused.
     let said = succeeded(&host.up(target, &[]));
     assert!(said.contains("runs already"), "{said}");
@@ -267,6 +362,17 @@ fn a_monitor_comes_up_survives_and_goes() {
         });
         assert_runs(&guest);
 
+        // A process of the gate dies: another one, and it is told.
+        for victim in 0..3 {
+            let gate = host.gate().expect("a gate");
+            kill(gate[victim]);
+            host.wait("another gate", |host| {
+                host.gate().is_some_and(|now| now[victim] != gate[victim])
+            });
+            assert_runs(&guest);
+        }
+        let gate = host.gate();
+
         // The supervisor dies: the VM goes on, and the next supervisor takes it.
         let (supervisor, machine) = (host.pid("supervisor"), host.pid("machine"));
         let supervisor = supervisor.expect("a supervisor");
@@ -279,27 +385,41 @@ fn a_monitor_comes_up_survives_and_goes() {
         assert!(said.contains("its VM went on"), "{said}");
         assert_eq!(host.pid("machine"), machine);
         host.wait("the target again", |host| host.target() == "watched");
+        assert_eq!(host.gate(), gate, "the gate goes on");
         assert_confined(machine.expect("a VM"), &ram);
         assert_runs(&guest);
     }
 
     // The target ends and another one of its name starts.
+    let gate = host.gate().expect("a gate");
     drop(guest);
     host.wait("the target's end", |host| host.target() == "absent");
     let guest = boot("launcher-target", 384);
     host.wait("the new target", |host| host.target() == "watched");
     host.wait("a VM", |host| host.pid("machine").is_some_and(is_alive));
+    host.wait("its gate", |host| {
+        host.gate().is_some_and(|now| now != gate)
+    });
+    assert!(gate.iter().all(|pid| !is_alive(*pid)));
+    assert_eq!(run_state(&mut host.as_monitor()), TargetState::Running);
     assert_runs(&guest);
 
     // All that was started ends, also without its supervisor.
     let processes = ["supervisor", "machine"].map(|process| host.pid(process).expect("a process"));
+    let gate = host.gate().expect("a gate");
     kill(processes[0]);
     succeeded(&host.secmon(&["monitor", "down", "m"]));
-    assert!(processes.iter().all(|pid| !is_alive(*pid)));
+    assert!(processes.iter().chain(&gate).all(|pid| !is_alive(*pid)));
     assert!(!host.folder.path().join("secmon/m").exists());
     assert_runs(&guest);
     let error = refused(&host.secmon(&["monitor", "down", "m"]));
     assert!(error.contains("there is no monitor m"), "{error}");
+    // What was done through the gates is still known.
+    let log = host.gate_log("launcher-target");
+    let said = succeeded(&host.secmon(&["gate", "verify-log", &log]));
+    assert!(said.contains("as it was written"), "{said}");
+    let log = fs::read_to_string(&log).expect("a log");
+    assert!(log.contains("\"outcome\":\"denied\""), "{log}");
 }
 
 #[test]
@@ -319,12 +439,41 @@ fn qemu_10_takes_the_same() {
     assert!(copied.expect("cp").success());
     let program = tree.join("usr/bin/qemu-system-x86_64");
     let program = program.display().to_string();
-    succeeded(&host.up("qemu:launcher-memfd", &["--qemu", &program]));
+    let grants = host.folder.path().join("grants.toml");
+    let text = "version = 1\ntarget = \"launcher-memfd\"\n[[monitor]]\nname = \"m\"\nrights = [\"pause\"]\n";
+    fs::write(&grants, text.replace("launcher-memfd", "other")).expect("written");
+    let grants = grants.display().to_string();
+    let with_grants = ["--qemu", &program, "--grants", &grants];
+    let error = refused(&host.up("qemu:launcher-memfd", &with_grants));
+    assert!(error.contains("over target \"other\""), "{error}");
+    fs::write(&grants, text).expect("written");
+    let said = succeeded(&host.up("qemu:launcher-memfd", &with_grants));
+    assert!(
+        said.contains("its gate: observe, pause; not trace"),
+        "{said}"
+    );
     let state = host.json("state.json");
     let file = state["targets"][0][1]["file"].as_str().expect("a file");
     assert!(file.starts_with("/memfd:"), "{state}");
     assert_confined(host.pid("machine").expect("a VM"), file);
     assert_runs(&guest);
+
+    // What is granted is done, and undone.
+    let mut monitor = host.as_monitor();
+    run_state(&mut monitor);
+    assert!(matches!(
+        ask(&mut monitor, PAUSE),
+        Ok(Answer::Paused { .. })
+    ));
+    let deadline = Instant::now() + PATIENCE;
+    while ask(&mut monitor, Request::Resume) == Ok(Answer::Done) {
+        // The lease ended, or it was let run: it runs either way.
+        assert!(Instant::now() < deadline);
+    }
+    let stop = ask(&mut monitor, Request::Stop);
+    assert_eq!(stop, Err(Refusal::Denied(Right::Respond)));
+    assert_eq!(run_state(&mut monitor), TargetState::Running);
+    drop(monitor);
     succeeded(&host.secmon(&["monitor", "down", "m"]));
     assert_runs(&guest);
 }
@@ -350,4 +499,29 @@ fn what_can_not_be_watched_is_told_with_what_to_change() {
     assert!(error.contains("no running QEMU"), "{error}");
     let said = succeeded(&host.up("qemu:launcher-nobody", &["--wait"]));
     assert!(said.contains("as soon as it starts"), "{said}");
+}
+
+#[test]
+fn a_target_whose_qmp_is_not_free_is_watched_without_a_gate() {
+    let guest = Guest::builder(Suite::Bookworm)
+        .name("launcher-held")
+        .boot()
+        .expect("a guest");
+    let host = Host::new(&guest.kernel().image());
+    let socket = guest.qmp_socket().expect("a socket");
+    let holder = secmon_platform::qemu::QmpClient::connect(&socket, PATIENCE).expect("greeted");
+    let said = succeeded(&host.up("qemu:launcher-held", &[]));
+    let path = socket.display().to_string();
+    assert!(
+        said.contains("in use by another client") && said.contains(&path),
+        "{said}"
+    );
+    // It is taken once it is free.
+    drop(holder);
+    host.wait("a gate", |host| host.gate().is_some());
+    let said = succeeded(&host.secmon(&["monitor", "status", "m", "--format", "json"]));
+    let status: Value = serde_json::from_str(&said).expect("JSON");
+    let gate = status[0]["gate"].as_str().expect("a text");
+    assert!(gate.contains("running") && gate.contains(&path), "{gate}");
+    assert_runs(&guest);
 }

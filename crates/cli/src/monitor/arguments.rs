@@ -22,12 +22,22 @@ pub enum MonitorCommand {
     /// The targets' RAM must be shared memory; where it isn't, the lines to add
     /// to QEMU's command line or to the libvirt domain are shown. The monitoring
     /// VM sees that RAM read-only and nothing else of the host: it has no
-    /// network and no disk, and its QEMU runs as a user of its own. A monitor
-    /// that runs already is left as it is.
+    /// network and no disk, and its QEMU runs as a user of its own. Whatever else
+    /// it may do goes through a gate, a small process for each target that has a
+    /// QMP socket, and is granted in a file. A monitor that runs already is left as
+    /// it is.
     #[command(after_help = "Examples:
   secmon monitor up --target qemu:web1
   secmon monitor up --target qemu:web1 --target qemu:db1 --name shop
-  secmon -t monitor:shop/web1 ps")]
+  secmon -t monitor:shop/web1 ps
+
+A grant file:
+  version = 1
+  target = \"web1\"
+
+  [[monitor]]
+  name = \"web1\"                    # the monitor, as --name says
+  rights = [\"pause\"]               # see `secmon gate --help`")]
     Up(UpArguments),
 
     /// What a monitor sees, and how it is
@@ -118,6 +128,26 @@ pub struct UpArguments {
     /// Wait for targets that don't run yet, and pick them up when they start
     #[arg(long)]
     pub wait: bool,
+
+    /// What the monitor may do to a target beside reading its memory; may be given several times
+    ///
+    /// A grant file as `secmon gate --help` shows it; its `target` says which
+    /// target it is for. The entry with the monitor's name needs no key: the
+    /// monitor gets a new one each time. Without a file the monitor may `observe`,
+    /// and nothing else.
+    #[arg(long, value_name = "FILE", conflicts_with = "no_gate")]
+    pub grants: Vec<PathBuf>,
+
+    /// The folder of the gates' logs, which outlive the monitor
+    ///
+    /// By default secmon/gates/NAME below XDG_STATE_HOME; without that below
+    /// /var/log for root and ~/.local/state for others.
+    #[arg(long, value_name = "DIR", conflicts_with = "no_gate")]
+    pub gate_logs: Option<PathBuf>,
+
+    /// Start no gates: leave the targets' QMP sockets to others
+    #[arg(long)]
+    pub no_gate: bool,
 
     /// The QEMU that runs the monitoring VM
     #[arg(long, value_name = "PROGRAM")]

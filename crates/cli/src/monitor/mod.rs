@@ -16,7 +16,7 @@ use secmon_guest::{Kind, Value};
 use secmon_monitor::appliance::{Image, KERNEL_ARGUMENTS};
 use secmon_monitor::launch::run_directory::RunDirectory;
 use secmon_monitor::launch::target::TargetName;
-use secmon_monitor::launch::up::{self, AbsentTargets, Origin, Up, UpOptions};
+use secmon_monitor::launch::up::{self, AbsentTargets, GateUse, Origin, Up, UpOptions};
 use secmon_monitor::launch::{self, MonitorName};
 
 use crate::arguments::{Common, Format};
@@ -78,6 +78,9 @@ pub fn hidden(command: &OsStr, arguments: &mut impl Iterator<Item = OsString>) -
             },
             Err(error) => error.into(),
         }
+    } else if command == launch::GATE_COMMAND {
+        let plan = argument(arguments);
+        launch::gate_starter::become_gate(Path::new(&plan), crate::gate::part).into()
     } else {
         return None;
     };
@@ -141,6 +144,15 @@ fn up(arguments: &UpArguments, format: Format, reporter: Reporter) -> Result<()>
         initramfs: canonical(&boot.initramfs)?,
         memory_mib: MEMORY_MIB,
         kernel_arguments: boot.arguments,
+        gates: if arguments.no_gate {
+            GateUse::None
+        } else {
+            let logs = arguments.gate_logs.as_deref().map(std::path::absolute);
+            GateUse::Granting {
+                files: arguments.grants.clone(),
+                logs: logs.transpose().context("the folder of the gates' logs")?,
+            }
+        },
     };
     let up = up::up(&options)?;
     show_up(&options.name, &up, format, reporter)
@@ -202,8 +214,10 @@ fn show_up(name: &MonitorName, up: &Up, format: Format, reporter: Reporter) -> R
     reporter.note(format_args!("the monitoring VM is process {pid:?}"));
     if format == Format::Table {
         println!("Monitor {name} {what}. It has these rights:");
-        for (target, right) in up.rights() {
-            println!("  {target}: {}", crate::output::escape::message(&right));
+        for rights in up.rights(name) {
+            let shown = |text: &str| crate::output::escape::message(text).into_owned();
+            println!("  {}: {}", rights.target, shown(&rights.memory));
+            println!("    through its gate: {}", shown(&rights.gate));
         }
         println!(
             "Ask it with `secmon -t monitor:{name} ps`, end it with `secmon monitor down {name}`."
@@ -213,13 +227,23 @@ fn show_up(name: &MonitorName, up: &Up, format: Format, reporter: Reporter) -> R
     let columns = [
         column("monitor", Kind::Text, "Its name"),
         column("target", Kind::Text, "A target"),
-        column("rights", Kind::Text, "What it may do to the target"),
+        column(
+            "rights",
+            Kind::Text,
+            "What it may do to the target's memory",
+        ),
+        column(
+            "gate",
+            Kind::Text,
+            "What it may do through the target's gate",
+        ),
     ];
-    let rows = up.rights().into_iter().map(|(target, right)| {
+    let rows = up.rights(name).into_iter().map(|rights| {
         vec![
             Value::from(name.as_str()),
-            Value::from(target),
-            Value::from(right),
+            Value::from(rights.target),
+            Value::from(rights.memory),
+            Value::from(rights.gate),
         ]
     });
     Ok(listing::show(&columns, format, rows)?)

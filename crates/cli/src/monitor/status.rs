@@ -7,7 +7,7 @@ use secmon_guest::{Kind, Value};
 use secmon_monitor::launch::MonitorName;
 use secmon_monitor::launch::connect::{ConnectError, connect};
 use secmon_monitor::launch::run_directory::RunDirectory;
-use secmon_monitor::launch::status::{self, Status};
+use secmon_monitor::launch::status::{self, GateStatus, Status};
 use secmon_monitor::protocol::{StatusReport, TargetReport};
 
 use super::remote;
@@ -80,6 +80,17 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
         column("target", Kind::Text, "A target"),
         column("host_state", Kind::Text, "What the host sees of it"),
         column("state", Kind::Text, "What the monitor sees of it"),
+        column("gate", Kind::Text, "How its gate is"),
+        column(
+            "rights",
+            Kind::Text,
+            "What the monitor may do through the gate",
+        ),
+        column(
+            "gate_log",
+            Kind::Text,
+            "Where the gate writes every use down",
+        ),
         column(
             "trust_level",
             Kind::Text,
@@ -106,6 +117,10 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
                 (None, Err(reason)) => (unknown(reason), unknown(reason)),
                 (None, Ok(_)) => (Value::Null, Value::Null),
             };
+            let gate = status.gates.get(slot);
+            let of_gate = |text: fn(&GateStatus) -> String| {
+                gate.map_or(Value::Null, |gate| Value::from(text(gate)))
+            };
             rows.push(vec![
                 Value::from(status.name.as_str()),
                 Value::from(status.supervisor.to_string()),
@@ -119,6 +134,9 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
                 Value::from(target.as_str()),
                 Value::from(host.to_string()),
                 state,
+                of_gate(ToString::to_string),
+                of_gate(|gate| gate.rights.clone()),
+                of_gate(|gate| gate.log.display().to_string()),
                 trust,
             ]);
         }
@@ -170,6 +188,14 @@ fn print(status: &Status, inside: &Result<Inside, String>) {
     }
     for (slot, (target, host)) in status.state.targets.iter().enumerate() {
         println!("  {target}: {}", shown(&host.to_string()));
+        if let Some(gate) = status.gates.get(slot) {
+            println!("    gate: {}", shown(&gate.to_string()));
+            println!(
+                "      grants {}; log {}",
+                gate.rights,
+                shown(&gate.log.display().to_string())
+            );
+        }
         if let Ok(inside) = inside
             && let Some(report) = inside.targets.get(slot)
         {
@@ -181,7 +207,7 @@ fn print(status: &Status, inside: &Result<Inside, String>) {
             );
         }
     }
-    const SHOWN: usize = 5;
+    const SHOWN: usize = 8;
     let events = &status.state.events;
     let start = events.len().saturating_sub(SHOWN);
     for event in events.iter().skip(start) {

@@ -14,3 +14,6 @@ pub const CHANNEL_LOCK: &str = "channel.lock";
 pub const UP_LOCK: &str = "up.lock";
 pub const CONSOLE_LOG: &str = "console.log";
 pub const SUPERVISOR_LOG: &str = "supervisor.log";
+pub const GATE_KEY: &str = "key";
+pub const GATE_GRANTS: &str = "grants.toml";
+pub const GATE_LOG: &str = "gate.log";

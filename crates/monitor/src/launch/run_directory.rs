@@ -6,15 +6,20 @@
 //! | `lock` | held by the supervisor as long as it runs |
 //! | `settings.json` | what the monitor was started with |
 //! | `configuration.json` | what the monitor itself is told, with its secret key |
-//! | `client.key`, `monitor.pub` | the host's key pair, the monitor's public key |
+//! | `client.key`, `monitor.key` | the key pairs of the host and of the monitor |
 //! | `processes.json` | the processes that belong to it |
 //! | `state.json` | what the supervisor last saw |
 //! | `channel.sock`, `qmp.sock` | QEMU's ends |
+//! | `gate-N.sock` | where the monitor's QEMU reaches the gate of target N |
+//! | `gate-N/` | that gate's key and grants, in a folder of its user |
+//! | `gate-N.json`, `gate-N.messages` | how it was started, what its processes said |
 //! | `channel.lock` | held by whoever talks to the monitor |
 //! | `console.log`, `supervisor.log` | bounded logs |
 //!
-//! The folder lies in `/run/secmon` for root, else in `$XDG_RUNTIME_DIR/secmon`
-//! or `~/.local/state/secmon`, and nobody but its owner may enter it.
+//! The folder lies in `$XDG_RUNTIME_DIR/secmon`, else in `/run/secmon` for root
+//! and `~/.local/state/secmon` for others, and nobody but its owner may look
+//! into it. Root's own processes for a monitor run as users who must be able to
+//! pass through, so a `$XDG_RUNTIME_DIR` that is root's alone is not used.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -105,10 +110,15 @@ pub fn base() -> Result<PathBuf, RunDirectoryError> {
         let path = PathBuf::from(std::env::var_os(name)?);
         path.is_absolute().then_some(path)
     };
-    if let Some(runtime) = variable("XDG_RUNTIME_DIR") {
+    let root = rustix::process::geteuid().is_root();
+    let passable = |path: &PathBuf| {
+        let metadata = fs::metadata(path);
+        !root || metadata.is_ok_and(|metadata| metadata.mode() & 0o001 != 0)
+    };
+    if let Some(runtime) = variable("XDG_RUNTIME_DIR").filter(passable) {
         return Ok(runtime.join("secmon"));
     }
-    if rustix::process::geteuid().is_root() {
+    if root {
         return Ok(PathBuf::from("/run/secmon"));
     }
     let state = variable("HOME").map(|home| home.join(".local/state/secmon"));

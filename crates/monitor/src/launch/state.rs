@@ -3,10 +3,13 @@
 
 use std::path::PathBuf;
 
+use secmon_channel::PublicKey;
+use secmon_gate::grants::Grants;
 use serde::{Deserialize, Serialize};
 
 use super::account::Account;
 use super::command_line::{Accelerator, Reconnect};
+use super::gates::GateRecord;
 use super::process::ProcessRecord;
 use super::target::TargetName;
 
@@ -34,6 +37,25 @@ pub struct Settings {
     pub account: Option<Account>,
     /// How sockets are connected again.
     pub reconnect: Reconnect,
+    /// The targets' gates, in the targets' order; none if the monitor was
+    /// started without.
+    #[serde(default)]
+    pub gates: Vec<GateSettings>,
+}
+
+/// What a target's gate is started with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GateSettings {
+    /// The user it runs as; the caller's own if there is none.
+    pub account: Option<Account>,
+    /// Its public key.
+    pub key: PublicKey,
+    /// Who may do what.
+    pub grants: Grants,
+    /// Its log.
+    pub log: PathBuf,
+    /// The folder of the dumps that it writes, if anybody may ask for some.
+    pub dumps: Option<PathBuf>,
 }
 
 /// The processes of a monitor.
@@ -43,9 +65,47 @@ pub struct Processes {
     pub supervisor: Option<ProcessRecord>,
     /// The monitoring VM's QEMU.
     pub machine: Option<ProcessRecord>,
-    /// The gates, by slot.
+    /// The gates.
     #[serde(default)]
-    pub gates: Vec<(u32, ProcessRecord)>,
+    pub gates: Vec<GateRecord>,
+}
+
+/// What became of a target's gate.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum GateState {
+    /// The target is not watched, so there is none.
+    #[default]
+    Idle,
+    /// It runs.
+    Running {
+        /// The target's QMP socket that it holds.
+        qmp: String,
+        /// The gate's own process, when it was last seen.
+        gate: Option<u32>,
+        /// Its keeper, when it was last seen.
+        keeper: Option<u32>,
+        /// How often one of its processes was started again.
+        restarts: u32,
+    },
+    /// There is none.
+    Without {
+        /// Why, and what to do about it.
+        reason: String,
+        /// How often one of its processes was started again.
+        restarts: u32,
+    },
+}
+
+impl GateState {
+    /// How often one of its processes was started again.
+    #[must_use]
+    pub fn restarts(&self) -> u32 {
+        match self {
+            Self::Idle => 0,
+            Self::Running { restarts, .. } | Self::Without { restarts, .. } => *restarts,
+        }
+    }
 }
 
 /// What became of a target.
@@ -90,6 +150,9 @@ pub struct State {
     pub restarts: u32,
     /// The targets, in the order of the settings.
     pub targets: Vec<(String, TargetState)>,
+    /// Their gates, in the same order.
+    #[serde(default)]
+    pub gates: Vec<GateState>,
     /// What happened, oldest first; old ones are dropped.
     pub events: Vec<Event>,
     /// How many events were dropped.
@@ -142,6 +205,11 @@ mod tests {
             reason: "no".into(),
         };
         state.targets.push(("qemu:b".into(), refused));
+        state.gates.push(GateState::Idle);
+        state.gates.push(GateState::Without {
+            reason: "no".into(),
+            restarts: 2,
+        });
         let text = serde_json::to_string(&state).expect("JSON");
         assert_eq!(serde_json::from_str::<State>(&text).expect("back"), state);
     }

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use super::gates;
 use super::process::ProcessRecord;
 use super::run_directory::{RunDirectory, RunDirectoryError};
-use super::state::{Processes, Settings, State, TargetState};
+use super::state::{GateState, Processes, Settings, State, TargetState};
 use super::up::{DownError, Known};
 use super::{MonitorName, files};
 
@@ -65,6 +66,54 @@ impl fmt::Display for TargetState {
     }
 }
 
+/// A target's gate, as the host sees it.
+#[derive(Clone, Debug)]
+pub struct GateStatus {
+    /// What was last seen of it.
+    pub state: GateState,
+    /// Its supervisor.
+    pub supervisor: Life,
+    /// What the monitor may do through it, in words.
+    pub rights: String,
+    /// Its log.
+    pub log: PathBuf,
+}
+
+impl fmt::Display for GateStatus {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.state, self.supervisor) {
+            (GateState::Running { .. }, Life::Died(process)) => write!(
+                formatter,
+                "died (its supervisor was process {})",
+                process.pid
+            ),
+            (
+                GateState::Running {
+                    qmp,
+                    gate,
+                    keeper,
+                    restarts,
+                },
+                supervisor,
+            ) => {
+                write!(formatter, "{supervisor}")?;
+                for (what, pid) in [("gate", gate), ("keeper", keeper)] {
+                    match pid {
+                        Some(pid) => write!(formatter, ", {what} {pid}")?,
+                        None => write!(formatter, ", no {what}")?,
+                    }
+                }
+                if !qmp.is_empty() {
+                    write!(formatter, ", holds {qmp}")?;
+                }
+                write!(formatter, ", {restarts} restarts")
+            }
+            (GateState::Without { reason, .. }, _) => write!(formatter, "none: {reason}"),
+            (GateState::Idle, _) => formatter.write_str("none: its target is not watched"),
+        }
+    }
+}
+
 /// A monitor, as the host sees it.
 #[derive(Clone, Debug)]
 pub struct Status {
@@ -80,6 +129,9 @@ pub struct Status {
     pub machine: Life,
     /// What the supervisor last saw.
     pub state: State,
+    /// The targets' gates, in the targets' order; none if it was started
+    /// without.
+    pub gates: Vec<GateStatus>,
 }
 
 /// Reads what is known of a monitor.
@@ -96,13 +148,27 @@ pub fn read(name: &MonitorName) -> Result<Status, DownError> {
     }
     let read = || -> Result<Status, RunDirectoryError> {
         let processes: Processes = directory.read(files::PROCESSES)?.unwrap_or_default();
+        let settings: Option<Settings> = directory.read(files::SETTINGS)?;
+        let state: State = directory.read(files::STATE)?.unwrap_or_default();
+        let gates = settings.iter().flat_map(|settings| &settings.gates);
+        let gates = gates.enumerate().map(|(slot, gate)| {
+            let mut records = processes.gates.iter();
+            let record = records.find(|record| record.slot as usize == slot);
+            GateStatus {
+                state: state.gates.get(slot).cloned().unwrap_or_default(),
+                supervisor: Life::of(record.map(|record| record.process)),
+                rights: gates::rights(gate, name),
+                log: gate.log.clone(),
+            }
+        });
         Ok(Status {
             name: name.clone(),
             folder: directory.path().to_owned(),
-            settings: directory.read(files::SETTINGS)?,
+            gates: gates.collect(),
+            settings,
             supervisor: Life::of(processes.supervisor),
             machine: Life::of(processes.machine),
-            state: directory.read(files::STATE)?.unwrap_or_default(),
+            state,
         })
     };
     Ok(read()?)

@@ -4,7 +4,8 @@
 //!
 //! It may die at any moment, by `kill -9` too: the VM and the targets go on,
 //! and the next supervisor finds the VM by its number and start time and takes
-//! it over. It holds no connection to a target and stops none.
+//! it over, as it does the gates. It holds no connection to a target and stops
+//! none.
 
 use std::fs;
 use std::io;
@@ -17,8 +18,9 @@ use std::time::{Duration, Instant};
 use secmon_channel::{KeyError, KeyPair, Peer};
 use secmon_platform::qemu::{QmpError, RamFileKind};
 
-use super::command_line::{Machine, guest_name, pci_address};
+use super::command_line::{GatePort, Machine, guest_name, pci_address};
 use super::console::Console;
+use super::gates::{self, Gates, Place};
 use super::hotplug::{Plug, PlugError};
 use super::process::ProcessRecord;
 use super::read_access;
@@ -27,7 +29,9 @@ use super::starter::StartPlan;
 use super::state::{Processes, Settings, State, TargetState, now};
 use super::target::{RunningTarget, TargetError, TargetName};
 use super::{MonitorName, files};
-use crate::protocol::{Configuration, ConfigurationError, Limits, TargetConfiguration};
+use crate::protocol::{
+    Configuration, ConfigurationError, GateConfiguration, Limits, TargetConfiguration,
+};
 
 /// How often it looks around.
 const TICK: Duration = Duration::from_millis(250);
@@ -106,6 +110,7 @@ struct Supervisor {
     state: State,
     _lock: Lock,
     machine: Option<Running>,
+    gates: Gates,
     back_off: Duration,
     start_at: Instant,
 }
@@ -124,6 +129,8 @@ pub fn supervise(name: &MonitorName) -> Result<std::convert::Infallible, Supervi
     let settings: Option<Settings> = directory.read(files::SETTINGS)?;
     let settings = settings.ok_or_else(|| SupervisorError::NotSetUp(name.clone()))?;
     let state: State = directory.read(files::STATE)?.unwrap_or_default();
+    let processes: Processes = directory.read(files::PROCESSES)?.unwrap_or_default();
+    let gates = Gates::adopt(&settings, &processes.gates);
     let mut supervisor = Supervisor {
         name: name.clone(),
         directory,
@@ -131,6 +138,7 @@ pub fn supervise(name: &MonitorName) -> Result<std::convert::Infallible, Supervi
         state,
         _lock: lock,
         machine: None,
+        gates,
         back_off: BACK_OFF.0,
         start_at: Instant::now(),
     };
@@ -147,6 +155,7 @@ impl Supervisor {
             self.reap();
             if self.machine.is_none() && Instant::now() >= self.start_at {
                 self.start_or_wait();
+                self.tend_gates()?;
                 looked = Some(Instant::now());
             }
             if let Some(console) = self.machine.as_mut().and_then(|m| m.console.as_mut()) {
@@ -155,6 +164,7 @@ impl Supervisor {
             }
             if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
                 self.look();
+                self.tend_gates()?;
                 looked = Some(Instant::now());
             }
             let stale = written.is_none_or(|written| written.elapsed() >= WRITE);
@@ -316,7 +326,7 @@ impl Supervisor {
                 memory_mib: self.settings.memory_mib,
                 kernel_arguments: self.settings.kernel_arguments.clone(),
                 target_slots: u32::try_from(self.settings.targets.len()).unwrap_or(u32::MAX),
-                gates: Vec::new(),
+                gates: self.gate_ports(),
                 reconnect: self.settings.reconnect,
             },
             account: self.settings.account,
@@ -416,13 +426,17 @@ impl Supervisor {
             targets: targets
                 .map(|(slot, (target, shape))| {
                     let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+                    let gate = self.settings.gates.get(slot as usize);
                     let layout = shape.as_ref().and_then(|(_, layout)| layout.as_ref());
                     TargetConfiguration {
                         name: target.short(),
                         pci: pci_address(slot).parse().ok(),
                         ram_size: shape.as_ref().map(|(size, _)| *size),
                         layout: layout.and_then(|layout| layout.parse().ok()),
-                        gate: None,
+                        gate: gate.map(|gate| GateConfiguration {
+                            port: gates::port_name(slot),
+                            key: gate.key,
+                        }),
                     }
                 })
                 .collect(),
@@ -526,6 +540,55 @@ impl Supervisor {
         }
     }
 
+    /// Starts gates for targets that are there, ends those of targets that went,
+    /// and writes down which run.
+    fn tend_gates(&mut self) -> Result<(), RunDirectoryError> {
+        let before = self.gates.records();
+        let slots = self.settings.gates.iter().zip(&self.settings.targets);
+        let mut states = Vec::new();
+        let mut notes = Vec::new();
+        for ((settings, name), slot) in slots.zip(0_u32..) {
+            let target = match self.state.targets.get(slot as usize) {
+                Some((_, TargetState::Watched { process, .. })) => Some(*process),
+                _ => None,
+            };
+            let place = Place {
+                directory: &self.directory,
+                settings,
+                client: self.settings.account,
+                slot,
+                name,
+            };
+            let old = self.state.gates.get(slot as usize).cloned();
+            let old = old.unwrap_or_default();
+            let mut note = |text| notes.push(text);
+            states.push(self.gates.tend(&place, target, &old, &mut note));
+        }
+        self.state.gates = states;
+        for note in notes {
+            self.state.note(note);
+        }
+        let records = self.gates.records();
+        if records != before {
+            let mut processes: Processes =
+                self.directory.read(files::PROCESSES)?.unwrap_or_default();
+            processes.gates = records;
+            self.directory.write(files::PROCESSES, &processes)?;
+        }
+        Ok(())
+    }
+
+    /// The ports that lead to the gates, whether those run or not.
+    fn gate_ports(&self) -> Vec<GatePort> {
+        let slots = self.settings.gates.iter().zip(0..);
+        slots
+            .map(|(_, number)| GatePort {
+                number,
+                socket: gates::socket(&self.directory, number),
+            })
+            .collect()
+    }
+
     /// Ends the VM, to start one that knows the target as it is now.
     fn start_anew(&mut self, slot: usize, why: &Misfit) {
         let name = self.settings.targets.get(slot).map(ToString::to_string);
@@ -582,9 +645,10 @@ fn without(error: &TargetError) -> TargetState {
     }
 }
 
-/// Takes back what a monitor's user was allowed, as far as the targets still
-/// run.
+/// Takes back what the users of a monitor and of its gates were allowed, as
+/// far as the targets still run.
 pub(super) fn forbid(settings: &Settings) {
+    gates::forbid(settings);
     let Some(account) = settings.account else {
         return;
     };

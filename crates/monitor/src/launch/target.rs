@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use secmon_platform::qemu::{
@@ -85,6 +86,60 @@ pub struct RunningTarget {
     pub process: ProcessRecord,
     /// Its RAM.
     pub ram: RamFile,
+    /// Where its QEMU is controlled.
+    pub control: ControlSockets,
+}
+
+/// The sockets on which a QEMU is controlled.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ControlSockets {
+    /// Where it speaks QMP, in the order of its command line.
+    pub qmp: Vec<qemu::Monitor>,
+    /// Where its gdbstub listens.
+    pub gdb: Option<PathBuf>,
+}
+
+/// Why a gate has no way to a QEMU.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// There is no QMP socket.
+    #[error(
+        "its QEMU has no QMP socket: start it with `-qmp unix:PATH,server=on,wait=off` \
+         (with libvirt: <qemu:commandline><qemu:arg value='-qmp'/><qemu:arg value='unix:PATH,server=on,wait=off'/></qemu:commandline>)"
+    )]
+    Missing,
+    /// All are in use.
+    #[error(
+        "{paths}: in use by another client (libvirt, a management tool); QEMU serves one client a socket: \
+         start it with a further `-qmp unix:PATH,server=on,wait=off` for the gate alone"
+    )]
+    Busy {
+        /// The sockets.
+        paths: String,
+    },
+}
+
+impl ControlSockets {
+    /// A QMP socket that nobody uses.
+    ///
+    /// # Errors
+    /// [`ControlError`], which says what to do about it.
+    pub fn free(&self) -> Result<&Path, ControlError> {
+        if let Some(free) = self.qmp.iter().find(|monitor| !monitor.busy) {
+            return Ok(&free.path);
+        }
+        if self.qmp.is_empty() {
+            return Err(ControlError::Missing);
+        }
+        let paths: Vec<String> = self
+            .qmp
+            .iter()
+            .map(|monitor| monitor.path.display().to_string())
+            .collect();
+        Err(ControlError::Busy {
+            paths: paths.join(", "),
+        })
+    }
 }
 
 /// Why a target can't be shown to a monitor.
@@ -209,9 +264,14 @@ impl TargetName {
                 size: ram.ram_size,
             });
         }
+        let gdb = process.gdb_socket();
         Ok(RunningTarget {
             process: process.id.into(),
             ram,
+            control: ControlSockets {
+                qmp: process.monitors,
+                gdb,
+            },
         })
     }
 
@@ -275,6 +335,24 @@ mod tests {
         assert_eq!(
             serde_json::from_str::<TargetName>(&text).expect("back"),
             name
+        );
+    }
+
+    #[test]
+    fn a_gate_takes_a_socket_that_nobody_uses() {
+        let monitor = |path: &str, busy| qemu::Monitor {
+            path: PathBuf::from(path),
+            busy,
+        };
+        let sockets = |qmp| ControlSockets { qmp, gdb: None };
+        assert_eq!(sockets(Vec::new()).free(), Err(ControlError::Missing));
+        let one = sockets(vec![monitor("/a", true), monitor("/b", false)]);
+        assert_eq!(one.free(), Ok(Path::new("/b")));
+        let none = sockets(vec![monitor("/a", true)]);
+        let error = none.free().expect_err("in use").to_string();
+        assert!(
+            error.contains("/a") && error.contains("a further"),
+            "{error}"
         );
     }
 

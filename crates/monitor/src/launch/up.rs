@@ -8,14 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use secmon_channel::{KeyError, KeyPair};
+use secmon_channel::{KeyError, KeyPair, PublicKey};
+use secmon_gate::grants::{GrantError, Grants};
 
 use super::account::{Account, AccountError};
 use super::command_line::{Accelerator, MAX_TARGETS};
 use super::emulator::{Emulator, EmulatorError};
+use super::gates::{self, GateFilesError};
 use super::process::ProcessRecord;
 use super::run_directory::{self, RunDirectory, RunDirectoryError};
-use super::state::{Processes, Settings, State, TargetState};
+use super::state::{GateSettings, GateState, Processes, Settings, State, TargetState};
 use super::target::{RunningTarget, TargetError, TargetName};
 use super::{MonitorName, SUPERVISE_COMMAND, files, supervisor};
 
@@ -45,6 +47,23 @@ pub struct UpOptions {
     pub memory_mib: u32,
     /// What the kernel is told.
     pub kernel_arguments: String,
+    /// Whether targets get gates.
+    pub gates: GateUse,
+}
+
+/// Whether targets get gates, and what is granted through them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GateUse {
+    /// None: their QMP sockets are left to others.
+    None,
+    /// Each target with a QMP socket gets one.
+    Granting {
+        /// Grant files; what is granted over a target that none of them names is
+        /// to observe it.
+        files: Vec<PathBuf>,
+        /// The folder of the gates' logs, if not the usual one.
+        logs: Option<PathBuf>,
+    },
 }
 
 /// What becomes of a target that doesn't run yet.
@@ -93,6 +112,45 @@ pub enum UpError {
     /// Its keys.
     #[error(transparent)]
     Key(#[from] KeyError),
+    /// A grant file.
+    #[error("{path}: {source}")]
+    Grants {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: GrantError,
+    },
+    /// A grant file for another target.
+    #[error("{path} grants rights over target {target:?}; this monitor has {known}")]
+    GrantedOver {
+        /// The file.
+        path: PathBuf,
+        /// The target that it names.
+        target: String,
+        /// The monitor's targets.
+        known: String,
+    },
+    /// Two grant files for one target.
+    #[error("two grant files are for target {0:?}")]
+    GrantedTwice(String),
+    /// The monitor runs, with other grants.
+    #[error(
+        "monitor {name} runs with other grants over {target}: end it with `secmon monitor down {name}` first"
+    )]
+    OtherGrants {
+        /// The name.
+        name: MonitorName,
+        /// The target.
+        target: String,
+    },
+    /// A gate's files.
+    #[error("the gate's files: {0}")]
+    GateFiles(#[from] GateFilesError),
+    /// There is no place for logs.
+    #[error(
+        "there is no place for the gates' logs: set XDG_STATE_HOME or HOME, or name a folder with --gate-logs"
+    )]
+    NoLogs,
     /// Its supervisor.
     #[error("starting the supervisor: {0}")]
     Supervisor(io::Error),
@@ -175,6 +233,19 @@ fn find(options: &UpOptions, directory: &RunDirectory, settings: Settings) -> Re
             targets: targets.join(", "),
         });
     }
+    if let GateUse::Granting { files, .. } = &options.gates {
+        let key = KeyPair::read(&directory.file(files::MONITOR_KEY))?.public();
+        for (slot, wanted) in grants(options, files, key)?.into_iter().enumerate() {
+            let now = settings.gates.get(slot);
+            if wanted.is_some() && now.map(|gate| &gate.grants) != wanted.as_ref() {
+                let target = settings.targets.get(slot).map(ToString::to_string);
+                return Err(UpError::OtherGrants {
+                    name: options.name.clone(),
+                    target: target.unwrap_or_default(),
+                });
+            }
+        }
+    }
     let processes: Processes = directory.read(files::PROCESSES)?.unwrap_or_default();
     if processes.supervisor.is_some_and(ProcessRecord::is_alive) {
         return Ok(Up {
@@ -204,6 +275,10 @@ fn start(options: &UpOptions, directory: &RunDirectory) -> Result<Up, UpError> {
     } else {
         None
     };
+    for file in [files::CLIENT_KEY, files::MONITOR_KEY] {
+        KeyPair::generate()?.write_new(&directory.file(file))?;
+    }
+    let gates = gates_of(options, directory, account)?;
     let cache = run_directory::base()?.join(".cache");
     let tried = || emulator.accelerator(&options.kernel, &cache);
     let settings = Settings {
@@ -216,16 +291,73 @@ fn start(options: &UpOptions, directory: &RunDirectory) -> Result<Up, UpError> {
         initramfs: options.initramfs.clone(),
         kernel_arguments: options.kernel_arguments.clone(),
         account,
+        gates,
     };
-    for file in [files::CLIENT_KEY, files::MONITOR_KEY] {
-        KeyPair::generate()?.write_new(&directory.file(file))?;
-    }
     if let Some(account) = account {
         directory.let_pass(account.id)?;
     }
     directory.write(files::SETTINGS, &settings)?;
     spawn(&options.name, directory)?;
     wait(&options.name, directory, settings, Origin::Started)
+}
+
+/// What is granted over each target by a file; `None` where none is for it.
+fn grants(
+    options: &UpOptions,
+    paths: &[PathBuf],
+    key: PublicKey,
+) -> Result<Vec<Option<Grants>>, UpError> {
+    let targets: Vec<String> = options.targets.iter().map(TargetName::short).collect();
+    let mut found = vec![None; targets.len()];
+    for path in paths {
+        let read = Grants::read_text(path)
+            .and_then(|text| Grants::parse_for(&text, options.name.as_str(), key));
+        let grants = read.map_err(|source| UpError::Grants {
+            path: path.clone(),
+            source,
+        })?;
+        let mut slots = targets.iter().zip(&mut found);
+        let Some((_, place)) = slots.find(|(target, _)| **target == grants.target) else {
+            return Err(UpError::GrantedOver {
+                path: path.clone(),
+                target: grants.target,
+                known: targets.join(", "),
+            });
+        };
+        if place.is_some() {
+            return Err(UpError::GrantedTwice(grants.target));
+        }
+        *place = Some(grants);
+    }
+    Ok(found)
+}
+
+/// Makes the files of each target's gate, and a user for it.
+fn gates_of(
+    options: &UpOptions,
+    directory: &RunDirectory,
+    account: Option<Account>,
+) -> Result<Vec<GateSettings>, UpError> {
+    let GateUse::Granting { files, logs } = &options.gates else {
+        return Ok(Vec::new());
+    };
+    let key = KeyPair::read(&directory.file(files::MONITOR_KEY))?.public();
+    let logs = logs.clone().or_else(|| gates::default_logs(&options.name));
+    let logs = logs.ok_or(UpError::NoLogs)?;
+    let mut taken: Vec<u32> = account.iter().map(|account| account.id).collect();
+    let mut made = Vec::new();
+    let granted = grants(options, files, key)?;
+    for ((target, granted), slot) in options.targets.iter().zip(granted).zip(0_u32..) {
+        let grants = granted
+            .unwrap_or_else(|| Grants::observe_alone(&target.short(), options.name.as_str(), key));
+        let own = match account {
+            Some(_) => Some(Account::unused(&options.name, slot + 1, &taken)?),
+            None => None,
+        };
+        taken.extend(own.iter().map(|own| own.id));
+        made.push(gates::prepare(directory, slot, grants, &logs, own)?);
+    }
+    Ok(made)
 }
 
 /// A target's RAM is tried before anything is started.
@@ -270,7 +402,8 @@ fn wait(
         let supervisor = processes.supervisor.filter(|process| process.is_alive());
         seen = seen.or(supervisor);
         let runs = supervisor.is_some() && processes.machine.is_some_and(ProcessRecord::is_alive);
-        if runs && state.machine_since.is_some() {
+        let gates = state.gates.len() == settings.gates.len();
+        if runs && gates && state.machine_since.is_some() {
             return Ok(Up {
                 settings,
                 processes,
@@ -402,11 +535,18 @@ fn end(directory: &RunDirectory) -> Result<Down, RunDirectoryError> {
     }
     // What it started last.
     let processes = processes(directory);
-    for (_, gate) in processes.gates {
-        end("gate", gate);
-    }
     if let Some(machine) = processes.machine {
         end("monitoring VM", machine);
+    }
+    for gate in processes.gates {
+        if !gate.process.is_alive() {
+            continue;
+        }
+        if gates::end(gate.process) {
+            down.ended.push(("gate", gate.process.pid));
+        } else {
+            down.left.push(("gate", gate.process.pid));
+        }
     }
     let settings: Option<Settings> = directory.read(files::SETTINGS).ok().flatten();
     if let Some(settings) = settings {
@@ -418,25 +558,55 @@ fn end(directory: &RunDirectory) -> Result<Down, RunDirectoryError> {
     Ok(down)
 }
 
+/// What a monitor may do to a target, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetRights {
+    /// The target.
+    pub target: String,
+    /// To its memory.
+    pub memory: String,
+    /// Through its gate, or why there is none.
+    pub gate: String,
+}
+
 impl Up {
-    /// What the monitor may do to each target, in words.
+    /// What the monitor may do to each target.
     #[must_use]
-    pub fn rights(&self) -> Vec<(String, String)> {
+    pub fn rights(&self, monitor: &MonitorName) -> Vec<TargetRights> {
         let user = match self.settings.account {
             Some(account) => format!("user {}, who has nothing else", account.id),
             None => "your own user".to_owned(),
         };
-        let of_target = |(name, state): &(String, TargetState)| {
-            let text = match state {
+        let of_target = |(slot, (name, state)): (usize, &(String, TargetState))| {
+            let memory = match state {
                 TargetState::Watched { file, ram_size, .. } => format!(
-                    "observe: read its {} MiB of RAM ({file}, opened read-only by {user}); it can't write it, stop it or reach anything else",
+                    "observe: read its {} MiB of RAM ({file}, opened read-only by {user}); it can't write it or reach anything else",
                     ram_size >> 20
                 ),
                 TargetState::Absent => "observe, as soon as it starts: it does not run".to_owned(),
                 TargetState::Refused { reason } => format!("nothing: {reason}"),
             };
-            (name.clone(), text)
+            let settings = self.settings.gates.get(slot);
+            let gate = match (settings, self.state.gates.get(slot)) {
+                (None, _) => "none: it was not wanted (--no-gate)".to_owned(),
+                (Some(settings), Some(GateState::Running { .. })) => format!(
+                    "{}; every use is in {}",
+                    gates::rights(settings, monitor),
+                    settings.log.display()
+                ),
+                (Some(_), Some(GateState::Without { reason, .. })) => format!("none: {reason}"),
+                (Some(settings), Some(GateState::Idle) | None) => format!(
+                    "as soon as it is watched and has a QMP socket: {}",
+                    gates::rights(settings, monitor)
+                ),
+            };
+            TargetRights {
+                target: name.clone(),
+                memory,
+                gate,
+            }
         };
-        self.state.targets.iter().map(of_target).collect()
+        let targets = self.state.targets.iter().enumerate();
+        targets.map(of_target).collect()
     }
 }
