@@ -162,6 +162,8 @@ pub struct Thread {
     pub uid: [u32; 4],
     /// Real, effective, saved, file-system group id of the thread.
     pub gid: [u32; 4],
+    /// Supplementary groups of the thread.
+    pub groups: Vec<u32>,
     /// The thread's capabilities.
     pub capabilities: Capabilities,
     /// User time in clock ticks.

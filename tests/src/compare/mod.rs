@@ -1,6 +1,7 @@
 //! One file a table: the rows it should have, made from the guest's own truth.
 
 mod bpf;
+mod credentials;
 mod env;
 mod files;
 mod info;
@@ -94,6 +95,7 @@ pub static CHECKS: &[Check] = &[
     info::INFO,
     processes::PROCESSES,
     threads::THREADS,
+    credentials::CREDENTIALS,
     namespaces::NAMESPACES,
     files::FILES,
     maps::MAPS,

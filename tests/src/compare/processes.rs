@@ -78,7 +78,7 @@ pub(super) fn cpu_time(ticks: u64, asks: bool) -> Expected {
 }
 
 /// A capability set.
-fn capabilities(set: u64) -> Expected {
+pub(super) fn capabilities(set: u64) -> Expected {
     Expected::Exactly(format!("{set:016x}").into())
 }
 

@@ -104,6 +104,7 @@ fn thread(pid: i32, tid: i32, process_namespaces: &BTreeMap<String, u64>) -> Opt
         start_time: stat.number(22),
         uid: status.four("Uid"),
         gid: status.four("Gid"),
+        groups: status.numbers("Groups"),
         capabilities: status.capabilities(),
         user_time: stat.number(14),
         system_time: stat.number(15),
