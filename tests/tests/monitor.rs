@@ -14,7 +14,9 @@ use secmon_lab::{
     Backing, Emulator, Guest, MonitorVm, Suite, Workload, appliance_image, build_appliance,
 };
 use secmon_monitor::appliance::{Image, SIZE_LIMIT};
-use secmon_monitor::protocol::{Answer, Client, FindingKind, Notice, Place, Query, TargetState};
+use secmon_monitor::protocol::{
+    Answer, Client, FindingKind, Notice, Pause, Place, Query, TargetState,
+};
 use secmon_tests::compare::{self, Truth};
 use secmon_tests::rows::TableRow;
 
@@ -32,6 +34,7 @@ fn query(target: &str, table: &str, selection: &Selection) -> Query {
         all_namespaces: selection.all_namespaces,
         limit: None,
         credit: 0,
+        pause: Pause::None,
     }
 }
 

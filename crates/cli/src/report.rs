@@ -35,13 +35,16 @@ pub trait Advise<T> {
 
 impl<T, E: Into<anyhow::Error>> Advise<T> for Result<T, E> {
     fn advise(self, advice: impl Display) -> anyhow::Result<T> {
-        self.map_err(|error| {
-            anyhow::Error::new(Advised {
-                advice: advice.to_string(),
-                source: error.into(),
-            })
-        })
+        self.map_err(|error| advised(error, advice))
     }
+}
+
+/// An error with a sentence that the user reads below it.
+pub fn advised(error: impl Into<anyhow::Error>, advice: impl Display) -> anyhow::Error {
+    anyhow::Error::new(Advised {
+        advice: advice.to_string(),
+        source: error.into(),
+    })
 }
 
 /// Where messages go.

@@ -4,197 +4,19 @@
 //! The monitoring VMs here run nothing that answers; what a monitor says is
 //! tested with its appliance.
 
+mod host;
+
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Instant;
 
-use secmon_channel::{Descriptor, KeyPair, PublicKey, Stream};
-use secmon_gate::client::{ClientError, GateClient};
+use host::{
+    Host, PATIENCE, ask, assert_runs, field, is_alive, kill, refused, run_state, rustix_is_root,
+    succeeded,
+};
 use secmon_gate::protocol::{Answer, Refusal, Request, Right, TargetState};
-use secmon_lab::{Acceleration, Backing, Emulator, Guest, QmpAccess, Suite};
+use secmon_lab::{Backing, Emulator, Guest, QmpAccess, Suite};
 use serde_json::Value;
-
-/// How long anything may take on a machine that has much else to do.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// A host for monitors: a run directory, and a VM that does nothing.
-struct Host {
-    folder: tempfile::TempDir,
-    kernel: PathBuf,
-}
-
-impl Host {
-    fn new(kernel: &Path) -> Self {
-        let folder = tempfile::Builder::new()
-            .prefix("sm")
-            .tempdir_in("/tmp")
-            .expect("a folder");
-        let open = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(folder.path(), open).expect("permissions");
-        let host = Self {
-            kernel: kernel.to_owned(),
-            folder,
-        };
-        host.make_initramfs();
-        host
-    }
-
-    /// An initial file system whose process 1 sleeps.
-    fn make_initramfs(&self) {
-        let root = self.folder.path().join("root");
-        fs::create_dir_all(root.join("bin")).expect("a folder");
-        fs::copy("/bin/busybox", root.join("bin/busybox"))
-            .expect("busybox: apt-get install busybox-static");
-        let script = "#!/bin/busybox sh\n/bin/busybox echo ready\nwhile :; do /bin/busybox sleep 1000; done\n";
-        fs::write(root.join("init"), script).expect("a script");
-        let executable = fs::Permissions::from_mode(0o755);
-        fs::set_permissions(root.join("init"), executable).expect("permissions");
-        let status = Command::new("sh")
-            .arg("-c")
-            .arg("find . | cpio --quiet -o -H newc > ../initramfs")
-            .current_dir(&root)
-            .status()
-            .expect("cpio: apt-get install cpio");
-        assert!(status.success());
-    }
-
-    fn secmon(&self, words: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_secmon"))
-            .env("XDG_RUNTIME_DIR", self.folder.path())
-            .env("XDG_STATE_HOME", self.folder.path())
-            .args(words)
-            .output()
-            .expect("secmon")
-    }
-
-    fn up(&self, target: &str, more: &[&str]) -> Output {
-        let kernel = self.kernel.display().to_string();
-        let initramfs = self.folder.path().join("initramfs").display().to_string();
-        let mut words = vec!["monitor", "up", "--target", target, "--name", "m"];
-        words.extend(["--kernel", &kernel, "--initramfs", &initramfs]);
-        // The lab knows already what works here.
-        words.extend(["--accelerator", Acceleration::usable().name()]);
-        words.extend(more);
-        self.secmon(&words)
-    }
-
-    fn json(&self, file: &str) -> Value {
-        let path = self.folder.path().join("secmon/m").join(file);
-        let text = fs::read(&path).unwrap_or_default();
-        serde_json::from_slice(&text).unwrap_or_default()
-    }
-
-    fn pid(&self, process: &str) -> Option<u64> {
-        self.json("processes.json")[process]["pid"].as_u64()
-    }
-
-    /// The process numbers of the gate of the only target: supervisor, gate,
-    /// keeper; none while one of them is missing or has just died.
-    fn gate(&self) -> Option<[u64; 3]> {
-        let state = &self.json("state.json")["gates"][0];
-        let supervisor = self.json("processes.json")["gates"][0]["process"]["pid"].as_u64();
-        let pids = [
-            supervisor?,
-            state["gate"].as_u64()?,
-            state["keeper"].as_u64()?,
-        ];
-        pids.iter().all(|pid| is_alive(*pid)).then_some(pids)
-    }
-
-    /// A session with the gate, as the monitor would have it.
-    fn as_monitor(&self) -> GateClient {
-        let folder = self.folder.path().join("secmon/m");
-        let own = KeyPair::read(&folder.join("monitor.key")).expect("a key");
-        let gate: PublicKey = self.json("settings.json")["gates"][0]["key"]
-            .as_str()
-            .and_then(|key| key.parse().ok())
-            .expect("a key");
-        let socket = UnixStream::connect(folder.join("gate-0.sock")).expect("the gate listens");
-        let stream: Arc<dyn Stream> = Arc::new(Descriptor::new(socket).expect("a stream"));
-        GateClient::connect(&stream, &own, &gate, PATIENCE).expect("a session")
-    }
-
-    fn gate_log(&self, target: &str) -> String {
-        let path = format!("secmon/gates/m/{target}/gate.log");
-        self.folder.path().join(path).display().to_string()
-    }
-
-    /// How often the VM was started again.
-    fn restarts(&self) -> u64 {
-        self.json("state.json")["restarts"].as_u64().unwrap_or(0)
-    }
-
-    /// The state of the only target.
-    fn target(&self) -> String {
-        let state = self.json("state.json");
-        state["targets"][0][1]["state"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned()
-    }
-
-    fn wait(&self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !condition(self) {
-            assert!(
-                Instant::now() < deadline,
-                "{what}: not within {PATIENCE:?}\n{}",
-                self.json("state.json")
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = self.secmon(&["monitor", "down", "m"]);
-    }
-}
-
-fn succeeded(output: &Output) -> String {
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}{errors}");
-    text
-}
-
-fn refused(output: &Output) -> String {
-    assert_eq!(output.status.code(), Some(2), "{output:?}");
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn kill(pid: u64) {
-    let status = Command::new("kill").args(["-9", &pid.to_string()]).status();
-    assert!(status.expect("kill").success(), "process {pid}");
-    // A signal is sent at once and takes effect in its own time.
-    let deadline = Instant::now() + PATIENCE;
-    while is_alive(pid) {
-        assert!(Instant::now() < deadline, "process {pid} is still there");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-fn is_alive(pid: u64) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')')
-        .next()
-        .is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z"))
-}
-
-fn field(pid: u64, name: &str) -> String {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
-    let line = status.lines().find(|line| line.starts_with(name));
-    line.unwrap_or_default()
-        .split_whitespace()
-        .nth(1)
-        .unwrap_or_default()
-        .to_owned()
-}
 
 /// Nothing but reading: the target's file is open for reading and mapped so,
 /// and QEMU has neither root nor the way back to it.
@@ -235,52 +57,12 @@ fn assert_confined(pid: u64, ram: &str) {
     }
 }
 
-fn rustix_is_root() -> bool {
-    field(u64::from(std::process::id()), "Uid:") == "0"
-}
-
 fn boot(name: &str, mib: u32) -> Guest {
     Guest::builder(Suite::Bookworm)
         .name(name)
         .memory_mib(mib)
         .boot()
         .expect("a guest")
-}
-
-/// The guest runs, and its own clock goes on.
-fn assert_runs(guest: &Guest) {
-    let uptime = || {
-        let text = guest.truth().read_file("/proc/uptime").expect("it answers");
-        let text = String::from_utf8_lossy(text.as_bytes()).into_owned();
-        let seconds = text.split(' ').next().and_then(|text| text.parse().ok());
-        seconds.unwrap_or(0.0_f64)
-    };
-    let first = uptime();
-    assert!(first > 0.0 && uptime() >= first);
-}
-
-/// What is asked of a gate.
-fn ask(client: &mut GateClient, request: Request) -> Result<Answer, Refusal> {
-    match client.ask(request, PATIENCE) {
-        Ok(answer) => Ok(answer),
-        Err(ClientError::Refused(refusal)) => Err(refusal),
-        Err(ClientError::Channel(error)) => panic!("{error}"),
-    }
-}
-
-/// Asks until the gate has found the target's QEMU.
-fn run_state(client: &mut GateClient) -> TargetState {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match ask(client, Request::Status) {
-            Ok(Answer::Status(status)) if status.state == TargetState::Gone => {
-                assert!(Instant::now() < deadline, "the target is not found");
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            Ok(Answer::Status(status)) => return status.state,
-            other => panic!("{other:?}"),
-        }
-    }
 }
 
 /// Gate and keeper have no more rights than they need, and a user of their
@@ -431,19 +213,13 @@ fn qemu_10_takes_the_same() {
         .boot()
         .expect("a guest");
     let host = Host::new(&guest.kernel().image());
-    // Where the monitor's own user can reach it.
-    let program = Emulator::Backports.program().expect("QEMU 10");
-    let root = program.ancestors().nth(3).expect("its tree");
-    let tree = host.folder.path().join("qemu");
-    let copied = Command::new("cp").arg("-a").args([root, &tree]).status();
-    assert!(copied.expect("cp").success());
-    let program = tree.join("usr/bin/qemu-system-x86_64");
-    let program = program.display().to_string();
+    let qemu = host.qemu(Emulator::Backports);
     let grants = host.folder.path().join("grants.toml");
     let text = "version = 1\ntarget = \"launcher-memfd\"\n[[monitor]]\nname = \"m\"\nrights = [\"pause\"]\n";
     fs::write(&grants, text.replace("launcher-memfd", "other")).expect("written");
     let grants = grants.display().to_string();
-    let with_grants = ["--qemu", &program, "--grants", &grants];
+    let mut with_grants = vec!["--grants", &grants];
+    with_grants.extend(qemu.iter().map(String::as_str));
     let error = refused(&host.up("qemu:launcher-memfd", &with_grants));
     assert!(error.contains("over target \"other\""), "{error}");
     fs::write(&grants, text).expect("written");

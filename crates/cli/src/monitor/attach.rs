@@ -200,8 +200,11 @@ impl Console {
             return Ok(());
         };
         let outcome = match action {
-            Action::Show(table, options) => Query::new(table, format, &options)
-                .and_then(|query| target.show(table, &query, &options, self.reporter)),
+            Action::Show(table, options) => {
+                target.set_pause(common.pause);
+                Query::new(table, format, &options)
+                    .and_then(|query| target.show(table, &query, &options, self.reporter))
+            }
             Action::BuiltIn(built_in) => match *built_in {
                 BuiltIn::Targets => target.targets(&self.address, format),
                 BuiltIn::Translate(arguments) => target.translate(&arguments.locations, format),

@@ -8,15 +8,19 @@
 
 use std::cell::RefCell;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use secmon_gate::protocol::TargetState as RunState;
 use secmon_guest::{ColumnInfo, Kind, Request, Row, Table, TrustLevel, Value};
 use secmon_memory::TableLevel;
+use secmon_monitor::launch;
 use secmon_monitor::launch::connect::{Connection, connect};
 use secmon_monitor::protocol::{
-    self, Answer, ClientError, DiagnosticEntry, End, READ_LIMIT, TargetReport, TargetState,
+    self, Answer, ClientError, DiagnosticEntry, End, GateReport, Pause, READ_LIMIT, Refusal,
+    TargetReport, TargetState,
 };
 
 use super::Address;
@@ -27,7 +31,7 @@ use crate::inspect::{self, Asked, Place, Sink, Step, Walk, WalkEnd};
 use crate::listing::{self, column};
 use crate::location::Location;
 use crate::query::Query;
-use crate::report::{Advise, Reporter};
+use crate::report::{self, Advise, Reporter};
 use secmon_sandbox::{Needs, Stage};
 
 /// How long a monitor may take until it answers: it may be booting.
@@ -55,7 +59,7 @@ pub fn run(
     match action {
         Action::Show(table, options) => {
             let query = Query::new(table, format, &options)?;
-            let mut asked = Target::open(address, common, reporter)?;
+            let mut asked = Target::open_for_tables(address, common, reporter)?;
             asked.show(table, &query, &options, reporter)?;
             Ok(None)
         }
@@ -89,7 +93,6 @@ pub fn run(
 /// What only a command that has the memory itself can do.
 fn refuse_options(common: &Common) -> Result<()> {
     let given = [
-        ("--pause", common.pause),
         ("--layout", common.layout.is_some()),
         ("--image-format", common.image_format.is_some()),
         ("--isf", common.isf.is_some()),
@@ -120,17 +123,32 @@ pub fn confine(common: &Common, reporter: Reporter) {
 pub struct Target {
     connection: Connection,
     name: String,
+    pause: Pause,
+    /// The grant files of the monitor's gates, by their targets' names.
+    grants: Vec<(String, PathBuf)>,
 }
 
 impl Target {
     /// Begins a conversation about a target.
     pub fn open(address: &Address, common: &Common, reporter: Reporter) -> Result<Self> {
+        if common.pause {
+            bail!("a monitor pauses its target for tables only");
+        }
+        Self::open_for_tables(address, common, reporter)
+    }
+
+    /// Begins a conversation about a target, which may be paused.
+    fn open_for_tables(address: &Address, common: &Common, reporter: Reporter) -> Result<Self> {
         refuse_options(common)?;
+        // Afterwards no file can be read.
+        let grants = launch::gates::grant_files(&address.monitor);
         let started = Instant::now();
         let connection = connect(&address.monitor, started + PATIENCE)?;
         reporter.note(format_args!("connected in {:.1?}", started.elapsed()));
         confine(common, reporter);
         let mut target = Self::choose(connection, address)?;
+        target.set_pause(common.pause);
+        target.grants = grants;
         target.wait_until_seen()?;
         Ok(target)
     }
@@ -156,6 +174,11 @@ impl Target {
         Ok(())
     }
 
+    /// Whether the target stands still while rows are read from here on.
+    pub fn set_pause(&mut self, pause: bool) {
+        self.pause = if pause { Pause::WhileRead } else { Pause::None };
+    }
+
     /// The target that is meant, or the only one.
     pub fn choose(mut connection: Connection, address: &Address) -> Result<Self> {
         let name = match &address.target {
@@ -177,7 +200,12 @@ impl Target {
                 }
             }
         };
-        Ok(Self { connection, name })
+        Ok(Self {
+            connection,
+            name,
+            pause: Pause::None,
+            grants: Vec::new(),
+        })
     }
 
     /// The conversation itself.
@@ -240,6 +268,7 @@ impl Target {
             all_namespaces: request.selection.all_namespaces,
             limit,
             credit: 0,
+            pause: self.pause,
         };
         let mut malformed = None;
         let end = self.connection.client.query(asked, &mut |answer| {
@@ -258,13 +287,35 @@ impl Target {
                 Answer::Bytes(..) | Answer::Walk { .. } => {}
             }
             ControlFlow::Continue(())
-        })?;
+        });
+        let end = end.map_err(|error| self.explain(error))?;
         told.total = told.total.max(end.diagnostics);
         told.torn_reads = end.torn_reads;
         if let Some((found, expected)) = malformed {
             bail!("the monitor sent a row of {found} values where {expected} were asked for");
         }
         ended(end)
+    }
+
+    /// Adds what to do about a right that is missing.
+    fn explain(&self, error: ClientError) -> anyhow::Error {
+        let denied = matches!(error, ClientError::Refused(Refusal::Denied { .. }));
+        let error = anyhow::Error::from(error);
+        if !denied {
+            return error;
+        }
+        let mut files = self.grants.iter();
+        let file = files.find(|(target, _)| *target == self.name);
+        let file = file.map_or_else(
+            || "it has a grant file".to_owned(),
+            |(_, file)| format!("its grant file is {}", file.display()),
+        );
+        report::advised(
+            error,
+            format!(
+                "{file}; to grant more, `secmon monitor down` and `secmon monitor up --grants FILE`"
+            ),
+        )
     }
 
     fn read(self, arguments: &ReadArguments, sink: Sink) -> Result<()> {
@@ -334,6 +385,7 @@ fn show_targets(targets: &[TargetReport], address: &Address, format: Format) -> 
         column("ram", Kind::Unsigned, "Bytes of RAM"),
         column("state", Kind::Text, "What became of it"),
         column("boots", Kind::Unsigned, "How often it was seen to boot"),
+        column("gate", Kind::Text, "What its gate says"),
         column(
             "trust_level",
             Kind::Text,
@@ -347,6 +399,7 @@ fn show_targets(targets: &[TargetReport], address: &Address, format: Format) -> 
             Value::from(target.ram_size),
             Value::from(state(target)),
             Value::from(target.boots),
+            Value::from(gate(target)),
             Value::from(target.trust_level.name()),
         ]
     });
@@ -361,6 +414,30 @@ pub fn state(target: &TargetReport) -> String {
         TargetState::NoKernel { reason } => format!("no kernel found: {reason}"),
         TargetState::Running { banner, .. } => format!("running: {}", banner.trim_end()),
         TargetState::Stopped { banner } => format!("stopped: {}", banner.trim_end()),
+    }
+}
+
+/// What a target's gate says, in words.
+pub fn gate(target: &TargetReport) -> String {
+    match &target.gate {
+        GateReport::None => "none".to_owned(),
+        GateReport::Away { reason } => format!("not reached: {reason}"),
+        GateReport::Connected {
+            state,
+            rights,
+            qemu,
+            ..
+        } => {
+            let state = match state {
+                RunState::Gone => "gone".to_owned(),
+                RunState::Running => "running".to_owned(),
+                RunState::Held(word) => format!("held still by a monitor ({word})"),
+                RunState::Stopped(word) => format!("standing still ({word})"),
+            };
+            let rights: Vec<&str> = rights.iter().map(|right| right.name()).collect();
+            let qemu = qemu.as_deref().unwrap_or("not there");
+            format!("QEMU {qemu}: {state}; granted: {}", rights.join(", "))
+        }
     }
 }
 
@@ -503,7 +580,9 @@ fn ask(
     length: u64,
 ) -> Result<Chunk, ClientError> {
     let mut chunk = Chunk::default();
-    let Target { connection, name } = &mut *target.borrow_mut();
+    let Target {
+        connection, name, ..
+    } = &mut *target.borrow_mut();
     let end = connection.client.read(name, place, length, &mut |answer| {
         if let Answer::Bytes(address, bytes) = answer {
             if chunk.bytes.is_empty() {

@@ -8,7 +8,7 @@ use secmon_monitor::launch::MonitorName;
 use secmon_monitor::launch::connect::{ConnectError, connect};
 use secmon_monitor::launch::run_directory::RunDirectory;
 use secmon_monitor::launch::status::{self, GateStatus, Status};
-use secmon_monitor::protocol::{StatusReport, TargetReport};
+use secmon_monitor::protocol::{GateReport, StatusReport, TargetReport};
 
 use super::remote;
 use crate::arguments::{Common, Format};
@@ -92,6 +92,16 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
             "Where the gate writes every use down",
         ),
         column(
+            "run_state",
+            Kind::Text,
+            "What the gate says of the target to the monitor",
+        ),
+        column(
+            "gate_head",
+            Kind::Text,
+            "The last record of the gate's log, for `secmon gate verify-log --head`",
+        ),
+        column(
             "trust_level",
             Kind::Text,
             "How far the monitor is protected",
@@ -106,16 +116,27 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
                 Err(reason) => unknown(reason),
             };
             let seen = match inside {
-                Ok(inside) => inside
-                    .targets
-                    .get(slot)
-                    .map(|target| (remote::state(target), target.trust_level.name())),
+                Ok(inside) => inside.targets.get(slot).map(|target| {
+                    let head = match &target.gate {
+                        GateReport::Connected { log_head, .. } => {
+                            Value::from(format!("{}:{}", log_head.sequence, log_head.hash))
+                        }
+                        _ => Value::Null,
+                    };
+                    let texts = [remote::state(target), remote::gate(target)];
+                    (texts, head, target.trust_level.name())
+                }),
                 Err(_) => None,
             };
-            let (state, trust) = match (seen, inside) {
-                (Some((state, trust)), _) => (Value::from(state), Value::from(trust)),
-                (None, Err(reason)) => (unknown(reason), unknown(reason)),
-                (None, Ok(_)) => (Value::Null, Value::Null),
+            let [state, run_state, head, trust] = match (seen, inside) {
+                (Some(([state, run_state], head, trust)), _) => [
+                    Value::from(state),
+                    Value::from(run_state),
+                    head,
+                    Value::from(trust),
+                ],
+                (None, Err(reason)) => [(); 4].map(|()| unknown(reason)),
+                (None, Ok(_)) => [(); 4].map(|()| Value::Null),
             };
             let gate = status.gates.get(slot);
             let of_gate = |text: fn(&GateStatus) -> String| {
@@ -137,6 +158,8 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
                 of_gate(ToString::to_string),
                 of_gate(|gate| gate.rights.clone()),
                 of_gate(|gate| gate.log.display().to_string()),
+                run_state,
+                head,
                 trust,
             ]);
         }
@@ -177,8 +200,12 @@ fn print(status: &Status, inside: &Result<Inside, String>) {
                 Duration::from_millis(beat.cpu_ms).as_secs_f64(),
             );
             println!(
-                "  findings: {} kept, {} lost; targets running: {} of {}",
-                beat.findings_kept, beat.findings_lost, beat.targets_running, beat.targets
+                "  findings: {} kept, {} lost; targets running: {} of {}, standing still by their gates: {}",
+                beat.findings_kept,
+                beat.findings_lost,
+                beat.targets_running,
+                beat.targets,
+                beat.targets_standing_still
             );
             for weakness in &report.weaknesses {
                 println!("  weakness: {}", shown(weakness));
@@ -205,6 +232,7 @@ fn print(status: &Status, inside: &Result<Inside, String>) {
                 report.trust_level,
                 shown(&remote::state(report))
             );
+            println!("    through its gate: {}", shown(&remote::gate(report)));
         }
     }
     const SHOWN: usize = 8;

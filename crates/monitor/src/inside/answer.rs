@@ -359,6 +359,7 @@ mod tests {
             all_namespaces: false,
             limit: None,
             credit: 1,
+            pause: crate::protocol::Pause::None,
         }
     }
 

@@ -4,9 +4,9 @@
 //! needed, loads the modules, reads the configuration, and from then on only
 //! watches the **worker** (`worker`): it starts it again if it dies or its
 //! pulse stops, and parses nothing of what the worker or a guest wrote. The
-//! worker opens the targets' memory and its port, confines itself so that it
+//! worker opens the targets' memory and its ports, confines itself so that it
 //! can open nothing more, and only then looks at the memory: a `watcher` per
-//! target follows what the target does, a `session` serves the client, one
+//! target follows what the target does, a `gate` thread speaks with its gate, a `session` serves the client, one
 //! thread per request. What the watchers find goes to the `outbox`, which
 //! outlives the worker.
 //!
@@ -14,8 +14,10 @@
 
 mod answer;
 mod credit;
+mod gate;
 mod health;
 mod init;
+mod kept;
 mod outbox;
 mod place;
 mod port;

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 /// Where Linux shows the ports.
 const PORTS: &str = "/sys/class/virtio-ports";
 /// How long the driver may take to find its ports.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Opens the port of this name, once the driver has found it.
 ///
 /// # Errors
 /// [`io::ErrorKind::NotFound`] if there is none, or the system's.
-pub(super) fn open(name: &str) -> io::Result<File> {
-    let deadline = Instant::now() + PATIENCE;
+pub(super) fn open(name: &str, patience: Duration) -> io::Result<File> {
+    let deadline = Instant::now() + patience;
     loop {
         if let Some(device) = find(Path::new(PORTS), name)? {
             return File::options()

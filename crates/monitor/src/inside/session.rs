@@ -8,11 +8,12 @@ use secmon_channel::{ChannelError, Peer, Session, Stream, Writer};
 
 use super::answer::{self, Sink, Unsent};
 use super::credit::{Permit, Requests};
+use super::kept::Kept;
 use super::worker::Shared;
 use super::{log, place};
 use crate::protocol::{
-    End, FindingKind, Query, READ_LIMIT, REPLY_LIMIT, REQUEST_LIMIT, ROLE, Refusal, Reply, Request,
-    Severity, StatusReport,
+    End, FindingKind, Pause, Query, READ_LIMIT, REPLY_LIMIT, REQUEST_LIMIT, ROLE, Refusal, Reply,
+    Request, Severity, StatusReport,
 };
 
 /// How long a client may take to read what is sent.
@@ -244,13 +245,27 @@ fn handle(conversation: &Arc<Conversation>, request: Request) -> Option<Option<J
 
 fn answer_query(conversation: &Conversation, id: u32, query: &Query) -> Result<End, Refusal> {
     let checked = answer::check(query)?;
-    let guest = conversation.shared.guest(&query.target)?;
-    Ok(answer::rows(
-        id,
-        &checked,
-        &guest,
-        &Answering { conversation, id },
-    ))
+    let shared = &conversation.shared;
+    let sink = Answering { conversation, id };
+    if query.pause == Pause::None {
+        let guest = shared.guest(&query.target)?;
+        return Ok(answer::rows(id, &checked, &guest, &sink));
+    }
+    // How fast the client reads must not decide how long the target stands.
+    let hold = shared.hold(&query.target)?;
+    let kept = Kept::default();
+    let guest = shared.guest(&query.target)?;
+    let read = answer::rows(id, &checked, &guest, &kept);
+    let held = hold.release();
+    let mut end = kept.send_all(read, &sink);
+    if let Err(reason) = held {
+        let text = format!("the target went on while it was read: {reason}");
+        end.error = Some(match end.error {
+            Some(error) => format!("{text}; {error}"),
+            None => text,
+        });
+    }
+    Ok(end)
 }
 
 /// Runs a request on a thread of its own, if there is room for it.

@@ -15,8 +15,9 @@ use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
 use secmon_profile::{Cache, FindError, FindOptions, Kernel};
 
 use super::TRUST_LEVEL;
+use super::gate::Gate;
 use super::health::Pulse;
-use crate::protocol::{FindingKind, Severity, TargetReport, TargetState};
+use crate::protocol::{FindingKind, GateReport, Severity, TargetReport, TargetState};
 
 /// A clock that stands still for this long makes the kernel be looked for
 /// anew: an idle kernel's moves at least every few seconds.
@@ -41,6 +42,8 @@ pub(super) struct Target {
     pub(super) pci: Option<String>,
     /// Its memory, or why there is none.
     pub(super) memory: Result<Arc<dyn PhysicalMemory>, String>,
+    /// Its gate, if it has one.
+    pub(super) gate: Option<Arc<Gate>>,
     /// That its watcher goes on.
     pub(super) pulse: Pulse,
     view: RwLock<View>,
@@ -66,6 +69,7 @@ impl Target {
         name: String,
         pci: Option<String>,
         memory: Result<Arc<dyn PhysicalMemory>, String>,
+        gate: Option<Arc<Gate>>,
     ) -> Self {
         let state = match &memory {
             Ok(_) => TargetState::NoKernel {
@@ -79,6 +83,7 @@ impl Target {
             name,
             pci,
             memory,
+            gate,
             pulse: Pulse::new(),
             view: RwLock::new(View {
                 state,
@@ -117,6 +122,10 @@ impl Target {
             state: view.state.clone(),
             trust_level: TRUST_LEVEL,
             boots: view.boots,
+            gate: match &self.gate {
+                Some(gate) => gate.report(),
+                None => GateReport::None,
+            },
         }
     }
 
@@ -474,7 +483,7 @@ mod tests {
     fn empty_memory_is_told_from_memory_without_a_kernel() {
         let look = |byte| {
             let memory: Arc<dyn PhysicalMemory> = Arc::new(OneByte(byte));
-            let target = Arc::new(Target::new("web1".to_owned(), None, Ok(memory)));
+            let target = Arc::new(Target::new("web1".to_owned(), None, Ok(memory), None));
             let mut watcher = Watcher::new(Arc::clone(&target));
             assert!(watcher.look().is_empty());
             assert!(target.kernel().is_err());
@@ -494,6 +503,7 @@ mod tests {
             "web1".to_owned(),
             None,
             Err("no device".to_owned()),
+            None,
         ));
         assert!(Watcher::new(Arc::clone(&target)).look().is_empty());
         assert_eq!(target.kernel().err().as_deref(), Some("no device"));

@@ -14,6 +14,7 @@ use secmon_memory::PhysicalMemory;
 use secmon_platform::ivshmem::{self, IvshmemOptions, PCI_DEVICES};
 use secmon_sandbox::{Needs, Stage};
 
+use super::gate::{Gate, Hold, Way};
 use super::health::{Health, Pulse};
 use super::init::DEVICES_CHANGED;
 use super::outbox::Outbox;
@@ -29,6 +30,9 @@ const OUTBOX: &str = "/findings";
 /// How long a watcher or the server may be busy with one thing. A search of
 /// all of a large target's memory under emulation takes minutes.
 const BUSY: Duration = Duration::from_secs(300);
+/// How long the driver may take to find the port of a gate, the channel's
+/// being there.
+const GATE_PORT: Duration = Duration::from_secs(2);
 /// The most bytes of configuration.
 const MAX_CONFIGURATION: u64 = 1 << 20;
 
@@ -97,16 +101,31 @@ impl Shared {
         }
     }
 
-    /// The target's guest as it is now.
-    pub(super) fn guest(&self, name: &str) -> Result<Guest, Refusal> {
+    fn target(&self, name: &str) -> Result<&Arc<Target>, Refusal> {
         let target = self.targets.iter().find(|target| target.name == name);
-        let target = target.ok_or_else(|| {
+        target.ok_or_else(|| {
             let known: Vec<&str> = self.targets.iter().map(|t| t.name.as_str()).collect();
             Refusal::UnknownTarget {
                 name: name.to_owned(),
                 known: known.join(", "),
             }
-        })?;
+        })
+    }
+
+    /// Holds the target still, through its gate.
+    pub(super) fn hold(&self, name: &str) -> Result<Hold, Refusal> {
+        match &self.target(name)?.gate {
+            Some(gate) => gate.hold(name),
+            None => Err(Refusal::NotPaused {
+                name: name.to_owned(),
+                reason: "it has no gate".to_owned(),
+            }),
+        }
+    }
+
+    /// The target's guest as it is now.
+    pub(super) fn guest(&self, name: &str) -> Result<Guest, Refusal> {
+        let target = self.target(name)?;
         let kernel = target.kernel().map_err(|reason| Refusal::TargetNotReady {
             name: name.to_owned(),
             reason,
@@ -118,10 +137,15 @@ impl Shared {
     pub(super) fn heartbeat(&self, requests: u32) -> Heartbeat {
         let outbox = self.outbox();
         let running = self.targets.iter().filter(|target| target.is_running());
+        let still = self.targets.iter().filter(|target| {
+            let gate = target.gate.as_ref().map(|gate| gate.report());
+            gate.is_some_and(|gate| gate.is_standing_still())
+        });
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Heartbeat {
             targets_running: count(running.count()),
             targets: count(self.targets.len()),
+            targets_standing_still: count(still.count()),
             requests,
             findings_kept: outbox.kept(),
             findings_lost: outbox.lost(),
@@ -183,7 +207,7 @@ fn run(
     let configuration = Configuration::parse(&bytes)?;
     drop(bytes);
     let keys = KeyPair::from_secret(configuration.secret_key)?;
-    let port = port::open(CHANNEL_PORT).map_err(system("the channel's port"))?;
+    let port = port::open(CHANNEL_PORT, port::PATIENCE).map_err(system("the channel's port"))?;
     let stream: Arc<dyn Stream> =
         Arc::new(Descriptor::new(port).map_err(system("the channel's port"))?);
     let file = File::options()
@@ -193,7 +217,7 @@ fn run(
         .truncate(false)
         .open(OUTBOX)
         .map_err(system("the outbox"))?;
-    let targets = open_targets(&configuration.targets);
+    let (targets, ways) = open_targets(&configuration.targets);
     let health = Health::open();
     let release = rustix::system::uname()
         .release()
@@ -232,6 +256,16 @@ fn run(
         let name = format!("watch {}", target.name);
         spawn(&name, move || watch(&shared, &target))?;
     }
+    for (name, way) in ways {
+        let shared = Arc::clone(&shared);
+        let thread = format!("gate {name}");
+        let run = move || {
+            way.run(&shared.keys, &|severity, kind, text| {
+                shared.tell(Some(&name), severity, kind, text);
+            });
+        };
+        spawn(&thread, run)?;
+    }
     let beating = Arc::clone(&shared);
     spawn("pulse", move || pulse(&beating))?;
     session::serve(&shared, &stream)
@@ -245,8 +279,10 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), WorkerE
         .map_err(system("starting a thread"))
 }
 
-/// Maps the memory of each target, or says why it can't be.
-fn open_targets(configured: &[TargetConfiguration]) -> Vec<Arc<Target>> {
+/// Maps the memory of each target, or says why it can't be, and opens the
+/// ports to their gates.
+fn open_targets(configured: &[TargetConfiguration]) -> (Vec<Arc<Target>>, Vec<(String, Way)>) {
+    let mut ways = Vec::new();
     let folder = Path::new(PCI_DEVICES);
     let present = ivshmem::list(folder).unwrap_or_default();
     // Devices that no target names, for those that name none.
@@ -254,7 +290,7 @@ fn open_targets(configured: &[TargetConfiguration]) -> Vec<Arc<Target>> {
         .iter()
         .map(|device| device.address)
         .filter(|address| configured.iter().all(|target| target.pci != Some(*address)));
-    configured
+    let targets = configured
         .iter()
         .map(|target| {
             let address = target.pci.or_else(|| unnamed.next());
@@ -275,9 +311,22 @@ fn open_targets(configured: &[TargetConfiguration]) -> Vec<Arc<Target>> {
                     Ok(memory)
                 });
             let pci = address.map(|address| address.to_string());
-            Arc::new(Target::new(target.name.clone(), pci, memory))
+            let gate = target.gate.as_ref().map(|gate| {
+                let (gate, way) = Gate::new(gate_port(&gate.port), gate.key);
+                ways.push((target.name.clone(), way));
+                gate
+            });
+            Arc::new(Target::new(target.name.clone(), pci, memory, gate))
         })
-        .collect()
+        .collect();
+    (targets, ways)
+}
+
+/// Opens the port to a gate.
+fn gate_port(name: &str) -> Result<Arc<dyn Stream>, String> {
+    let port = port::open(name, GATE_PORT).and_then(Descriptor::new);
+    let port = port.map_err(|error| error.to_string())?;
+    Ok(Arc::new(port))
 }
 
 fn tell_start(shared: &Shared, reason: &str) {

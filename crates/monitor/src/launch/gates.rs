@@ -32,6 +32,8 @@ use super::{GATE_COMMAND, MonitorName, files};
 const START: Duration = Duration::from_secs(10);
 /// The first and the longest wait before another attempt.
 const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// A gate that lived this long has the first wait again.
+const STEADY: Duration = Duration::from_secs(5);
 /// How long a gate's processes may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The most bytes of what a gate's processes said.
@@ -279,7 +281,7 @@ impl Gates {
             let alive = !reaped && running.process.is_alive();
             if alive && target == Some(running.target) {
                 let state = look_at(&running, place, old, note);
-                if running.since.elapsed() > BACK_OFF.1 {
+                if running.since.elapsed() > STEADY {
                     slot.next = None;
                 }
                 slot.running = Some(running);
@@ -577,6 +579,24 @@ pub(super) fn forbid(settings: &Settings) {
             }
         }
     }
+}
+
+/// The grant files of a monitor's gates, each with its target's name; none if
+/// that can't be told.
+#[must_use]
+pub fn grant_files(monitor: &MonitorName) -> Vec<(String, PathBuf)> {
+    let Ok(directory) = RunDirectory::of(monitor) else {
+        return Vec::new();
+    };
+    let settings: Option<Settings> = directory.read(files::SETTINGS).ok().flatten();
+    let settings = settings.iter().flat_map(|settings| {
+        let gates = settings.gates.iter().zip(&settings.targets).zip(0..);
+        gates.map(|((_, target), slot)| {
+            let file = folder(&directory, slot).join(files::GATE_GRANTS);
+            (target.short(), file)
+        })
+    });
+    settings.collect()
 }
 
 /// What the monitor of this name may do through a gate, in words.

@@ -28,10 +28,10 @@ pub use configuration::{
     Configuration, ConfigurationError, GateConfiguration, Limits, TargetConfiguration,
 };
 pub use reply::{
-    ColumnDescription, DiagnosticEntry, End, Finding, FindingKind, Heartbeat, Refusal, Reply,
-    Severity, StatusReport, TableDescription, TargetReport, TargetState, WalkEnd, WalkEntry,
+    ColumnDescription, DiagnosticEntry, End, Finding, FindingKind, GateReport, Heartbeat, Refusal,
+    Reply, Severity, StatusReport, TableDescription, TargetReport, TargetState, WalkEnd, WalkEntry,
 };
-pub use request::{Place, Query, Request};
+pub use request::{Pause, Place, Query, Request};
 
 /// What is spoken between a client and a monitor.
 pub const ROLE: Role = Role {

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use secmon_gate::protocol::{LogHead, Right, TargetState as RunState};
 use secmon_guest::TrustLevel;
 
 use super::Cell;
@@ -182,6 +183,22 @@ pub enum Refusal {
         /// Of what, and the bound.
         what: String,
     },
+    /// The target's gate does not let the monitor do that.
+    #[error("monitor has no right {right:?} over target {name}: its grant file does not give it")]
+    Denied {
+        /// The target.
+        name: String,
+        /// The right's name.
+        right: String,
+    },
+    /// The target can't be held still.
+    #[error("target {name} can't be paused: {reason}")]
+    NotPaused {
+        /// The target.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// A place in memory does not exist.
     #[error("{reason}")]
     NoPlace {
@@ -205,6 +222,43 @@ pub struct TargetReport {
     pub trust_level: TrustLevel,
     /// How often its kernel has been found anew.
     pub boots: u64,
+    /// What its gate says.
+    pub gate: GateReport,
+}
+
+/// What a target's gate says, the last time that it was asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GateReport {
+    /// The monitor was given none.
+    #[default]
+    None,
+    /// It can't be reached now.
+    Away {
+        /// Why.
+        reason: String,
+    },
+    /// It answers.
+    Connected {
+        /// What QEMU says of the target.
+        state: RunState,
+        /// What the monitor may do.
+        rights: Vec<Right>,
+        /// QEMU's version, if QEMU is there.
+        qemu: Option<String>,
+        /// The last record of the gate's log.
+        log_head: LogHead,
+    },
+}
+
+impl GateReport {
+    /// Whether the target's vCPUs stand still.
+    #[must_use]
+    pub fn is_standing_still(&self) -> bool {
+        let Self::Connected { state, .. } = self else {
+            return false;
+        };
+        matches!(state, RunState::Held(_) | RunState::Stopped(_))
+    }
 }
 
 /// What a target is doing.
@@ -293,6 +347,8 @@ pub struct Heartbeat {
     pub targets_running: u32,
     /// Targets.
     pub targets: u32,
+    /// Targets whose vCPUs stand still, as their gates say.
+    pub targets_standing_still: u32,
     /// Requests that are running.
     pub requests: u32,
     /// Findings that no client has taken.
@@ -360,4 +416,14 @@ pub enum FindingKind {
     FindingsLost,
     /// Somebody tried to speak to the monitor and was not let in.
     ClientRefused,
+    /// The target's gate was reached.
+    GateConnected,
+    /// The target's gate can't be reached any more.
+    GateLost,
+    /// The target's machine was reset, as its gate says.
+    TargetReset,
+    /// The target's QEMU ended or hangs, as its gate says.
+    QemuEnded,
+    /// The target's QEMU is there again, as its gate says.
+    QemuStarted,
 }

@@ -91,6 +91,19 @@ pub struct Query {
     pub limit: Option<u64>,
     /// Messages of rows that may be sent at once.
     pub credit: u32,
+    /// Whether the target stands still while it is read.
+    pub pause: Pause,
+}
+
+/// Whether a target stands still while it is read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pause {
+    /// It goes on, and rows are sent as they are read.
+    #[default]
+    None,
+    /// It is held still, through its gate, until all rows are read; then they
+    /// are sent.
+    WhileRead,
 }
 
 /// A place in a target's memory.
