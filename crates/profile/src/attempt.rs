@@ -7,7 +7,7 @@ use std::sync::Arc;
 use secmon_memory::{AddressSpace, PagingMode, PhysicalAddress, PhysicalMemory, VirtualAddress};
 
 use crate::cache::{Folder, Stored};
-use crate::crosscheck::{differences, without_number};
+use crate::crosscheck::{differences, is_without_number_or_date};
 use crate::image::{Image, MAXIMUM_MATCHES};
 use crate::kernel::note;
 use crate::locate::{self, BANNER_START, DIGITS, Location, LocationError};
@@ -402,10 +402,13 @@ impl<'a> Attempt<'a> {
         for offset in seen {
             let other = text(*offset);
             // The log buffer holds the same text, without an end; from 6.1 on
-            // a copy made before the build was numbered is among the constants.
+            // a copy from before the build had a number is among the constants.
             let says_a_version =
                 other[BANNER_START.len()..].starts_with(|c: char| c.is_ascii_digit());
-            if !says_a_version || other.starts_with(&banner) || other == without_number(&banner) {
+            if !says_a_version
+                || other.starts_with(&banner)
+                || is_without_number_or_date(&other, &banner)
+            {
                 continue;
             }
             let chosen = format!("{banner:?} at {}", self.image.address(own));
@@ -450,7 +453,11 @@ impl<'a> Attempt<'a> {
             };
             budget = left;
             let other = self.image.buffer(other).map(Types::parse);
-            if let Some(Ok(_)) = other {
+            // An eBPF program that is built into the kernel brings types, too,
+            // but not those of a kernel.
+            if let Some(Ok(other)) = other
+                && other.has_type("struct task_struct")
+            {
                 let other = format!("types at {}", self.image.address(*offset));
                 let why = "the kernel's symbols lead there";
                 self.conflict(Subject::Types, chosen.clone(), other, why);

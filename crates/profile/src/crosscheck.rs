@@ -5,14 +5,43 @@ use secmon_memory::PagingMode;
 use crate::tables::START_KERNEL_MAP;
 use crate::{KernelImage, Profile, VmcoreInfo};
 
-/// The banner without its build's number: "… #1 SMP …" becomes "… # SMP …".
-pub(crate) fn without_number(banner: &str) -> String {
-    match banner.rsplit_once(" #") {
-        Some((before, after)) => {
-            let after = after.trim_start_matches(|c: char| c.is_ascii_digit());
-            format!("{before} #{after}")
+/// Whether `other` is the copy of `banner` that is made before a build has got
+/// a number and a date (`init/version.c` from 6.1 on): of "… #1 SMP DATE (more)"
+/// either may be missing, or both, and nothing else.
+pub(crate) fn is_without_number_or_date(other: &str, banner: &str) -> bool {
+    let (Some((start, whole)), Some((other_start, left))) =
+        (banner.rsplit_once(" #"), other.rsplit_once(" #"))
+    else {
+        return false;
+    };
+    let (Some((number, whole)), Some((other_number, left))) =
+        (whole.split_once(' '), left.split_once(' '))
+    else {
+        return false;
+    };
+    let same_number = number == other_number
+        || number.trim_start_matches(|c: char| c.is_ascii_digit()) == other_number;
+    let (kind, whole) = split_kind(whole);
+    let (other_kind, left) = split_kind(left);
+    let left = left.trim_start();
+    // The date ends before a space, or at the end.
+    let same_end = whole
+        .strip_suffix(left)
+        .is_some_and(|date| date.is_empty() || left.is_empty() || date.ends_with(' '));
+    start == other_start && same_number && kind == other_kind && same_end
+}
+
+/// Splits what a kernel was built for, "SMP PREEMPT_DYNAMIC", from the rest.
+fn split_kind(text: &str) -> (Vec<&str>, &str) {
+    let mut kind = Vec::new();
+    let mut rest = text;
+    loop {
+        let (word, after) = rest.split_once(' ').unwrap_or((rest, ""));
+        if word != "SMP" && !word.starts_with("PREEMPT") {
+            return (kind, rest);
         }
-        None => banner.to_owned(),
+        kind.push(word);
+        rest = after;
     }
 }
 
@@ -95,4 +124,55 @@ pub(crate) fn differences(
         }
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: &str = "Linux version 6.8.0 (who@where) (gcc #9) ";
+
+    #[track_caller]
+    fn check(banner: &str, other: &str, expected: bool) {
+        let (banner, other) = (format!("{START}{banner}"), format!("{START}{other}"));
+        let found = is_without_number_or_date(&other, &banner);
+        assert_eq!(found, expected, "{other:?} of {banner:?}");
+    }
+
+    #[test]
+    fn a_copy_without_number_or_date_is_no_other_banner() {
+        let debian = "#1 SMP PREEMPT_DYNAMIC Debian 6.8.1-1 (2024-02-03)";
+        check(debian, debian, true);
+        check(
+            debian,
+            "# SMP PREEMPT_DYNAMIC Debian 6.8.1-1 (2024-02-03)",
+            true,
+        );
+        let ubuntu = "#32-Ubuntu SMP PREEMPT_DYNAMIC Wed Jul 16 UTC 2 (Ubuntu 6.8.0-1.2)";
+        check(
+            ubuntu,
+            "#32-Ubuntu SMP PREEMPT_DYNAMIC  (Ubuntu 6.8.0-1.2)",
+            true,
+        );
+        let plain = "#7 SMP Wed Jul 16 12:51:16 UTC 2025";
+        check(plain, "# SMP ", true);
+        check(plain, "# SMP", true);
+        check(plain, "#7 SMP 12:51:16 UTC 2025", true);
+    }
+
+    #[test]
+    fn another_banner_is_another() {
+        let banner = "#7 SMP PREEMPT Wed Jul 16 12:51:16 UTC 2025";
+        check(banner, "#8 SMP PREEMPT Wed Jul 16 12:51:16 UTC 2025", false);
+        check(banner, "#7 SMP Wed Jul 16 12:51:16 UTC 2025", false);
+        check(banner, "#7 SMP PREEMPT Wed Jul 16 12:51:16 UTC 2026", false);
+        check(banner, "# SMP PREEMPT 025", false);
+        check(banner, "", false);
+        check("", banner, false);
+        let moved = format!("Linux version 6.9.0 (who@where) {banner}");
+        assert!(!is_without_number_or_date(
+            &moved,
+            &format!("{START}{banner}")
+        ));
+    }
 }
