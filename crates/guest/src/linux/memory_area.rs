@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use secmon_memory::{ReadError, VirtualAddress};
-use secmon_profile::{Member, TypeError, Types};
+use secmon_profile::{TypeError, Types};
 
 use super::list::is_object_address;
 use super::span::{Copied, Span};
@@ -34,6 +34,9 @@ layout! {
         /// it shares its place with what links areas of a file.
         anonymous_name: "anon_name",
         links: "shared",
+        /// In kernels with the patches of aufs, as Ubuntu's: the file that
+        /// `/proc` shows, where it is not the one that is mapped.
+        shown_file: "vm_prfile",
     }
 }
 
@@ -74,7 +77,7 @@ impl Layout for AreaModel {
             // Says which member is missing.
             types.member("mm_struct", "mm_mt")?;
         }
-        let optional: [&Option<Member>; 1] = [&area.anonymous_name];
+        let optional = [&area.anonymous_name, &area.shown_file];
         let area_span = Span::of(
             [
                 &area.start,
@@ -135,7 +138,7 @@ pub struct Area {
     pub flags: u64,
     /// `vm_pgoff`: the offset in the file, in pages.
     pub page_offset: u64,
-    /// `struct file *`, null for none.
+    /// `struct file *`, null for none; the one that `/proc` shows.
     pub file: VirtualAddress,
     /// `struct vm_operations_struct *`.
     pub operations: VirtualAddress,
@@ -322,13 +325,15 @@ impl AreaModel {
             return Err(entry("it ends before it starts"));
         }
         let file = copied.pointer(&layout.file);
+        let shown = copied.optional(layout.shown_file.as_ref());
+        let shown = shown.filter(|shown| *shown != 0).map(VirtualAddress::new);
         Ok(Area {
             address: area,
             start,
             end,
             flags: copied.number(&layout.flags),
             page_offset: copied.number(&layout.offset),
-            file,
+            file: shown.unwrap_or(file),
             operations: copied.pointer(&layout.operations),
             private: copied.pointer(&layout.private),
             anonymous_name: self.anonymous_name(&copied, file),

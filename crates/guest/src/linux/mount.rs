@@ -349,7 +349,11 @@ impl MountModel {
                 none.is_some_and(|none| copied.pointer(idmap) != none)
             }
             (None, Some(mapped)) => {
-                copied.number(mapped) != number(&self.superblock.user_namespace)?
+                // What is not mapped has the initial namespace here, from 5.17
+                // on that of its file system; nothing is mapped to either.
+                let mapped = copied.pointer(mapped);
+                Some(mapped) != guest.symbols().address("init_user_ns")
+                    && mapped.as_u64() != number(&self.superblock.user_namespace)?
             }
             (None, None) => false,
         };
