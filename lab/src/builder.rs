@@ -63,6 +63,7 @@ pub enum QmpAccess {
 #[derive(Debug, Clone)]
 pub struct GuestBuilder {
     suite: Suite,
+    kernel: Option<Kernel>,
     emulator: Emulator,
     name: Option<String>,
     memory_mib: u32,
@@ -86,6 +87,7 @@ impl GuestBuilder {
     pub fn new(suite: Suite) -> Self {
         Self {
             suite,
+            kernel: None,
             emulator: Emulator::Installed,
             name: None,
             memory_mib: 512,
@@ -111,6 +113,13 @@ impl GuestBuilder {
     #[must_use]
     pub fn emulator(mut self, emulator: Emulator) -> Self {
         self.emulator = emulator;
+        self
+    }
+
+    /// Another kernel than the suite's.
+    #[must_use]
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = Some(kernel);
         self
     }
 
@@ -237,12 +246,17 @@ impl GuestBuilder {
     }
 
     fn boot_once(&self) -> Result<Guest> {
-        ensure!(
-            self.paging == Paging::FourLevel || self.suite.has_five_level_paging(),
-            "Debian's kernel {} is built without five-level paging",
-            self.suite
-        );
-        let kernel = Kernel::fetch(self.suite)?;
+        let kernel = match &self.kernel {
+            Some(kernel) => kernel.clone(),
+            None => {
+                ensure!(
+                    self.paging == Paging::FourLevel || self.suite.has_five_level_paging(),
+                    "Debian's kernel {} is built without five-level paging",
+                    self.suite
+                );
+                Kernel::fetch(self.suite)?
+            }
+        };
         let acceleration = self
             .acceleration
             .unwrap_or_else(|| self.usable_acceleration());

@@ -1,4 +1,5 @@
-//! A kernel of the archive: its image and its modules, fetched once.
+//! A kernel: its image and its modules, of the archive and fetched once, or
+//! of packages that somebody unpacked.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,9 +16,9 @@ const LAYOUT: u32 = 1;
 /// An unpacked kernel.
 #[derive(Debug, Clone)]
 pub struct Kernel {
-    suite: Suite,
     release: String,
-    folder: PathBuf,
+    image: PathBuf,
+    module_folder: PathBuf,
     modules: Modules,
 }
 
@@ -29,19 +30,24 @@ impl Kernel {
         })
         .with_context(|| format!("cannot fetch the kernel of {}", suite.name()))?;
         let release = fs::read_to_string(folder.join("release"))?;
-        let modules = Modules::list(&release, &folder.join("modules"), None)?;
-        Ok(Self {
-            suite,
-            release,
-            folder,
-            modules,
-        })
+        Self::of_files(release, folder.join("vmlinuz"), folder.join("modules"))
     }
 
-    /// The suite it came from.
-    #[must_use]
-    pub fn suite(&self) -> Suite {
-        self.suite
+    /// The kernel whose packages were unpacked below `root`
+    /// (`dpkg-deb --extract`), whichever distribution's they are.
+    pub fn unpacked(root: &Path) -> Result<Self> {
+        let files = kernel::unpacked(root)?;
+        Self::of_files(files.release, files.image, files.modules)
+    }
+
+    fn of_files(release: String, image: PathBuf, module_folder: PathBuf) -> Result<Self> {
+        let modules = Modules::list(&release, &module_folder, None)?;
+        Ok(Self {
+            release,
+            image,
+            module_folder,
+            modules,
+        })
     }
 
     /// Its release, as `uname -r` says it.
@@ -53,13 +59,13 @@ impl Kernel {
     /// The compressed image that a boot loader takes.
     #[must_use]
     pub fn image(&self) -> PathBuf {
-        self.folder.join("vmlinuz")
+        self.image.clone()
     }
 
     /// The folder of its modules.
     #[must_use]
     pub fn module_folder(&self) -> PathBuf {
-        self.folder.join("modules")
+        self.module_folder.clone()
     }
 
     /// The modules named, after those they depend on, each once. One that

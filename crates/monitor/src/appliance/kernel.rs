@@ -2,11 +2,13 @@
 //! something needs, in the order in which they load.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use lzma_rust2::XzReader;
+use ruzstd::decoding::StreamingDecoder;
 
 use super::ApplianceError;
 use super::archive::{Archive, PackageName, unpack_file};
@@ -74,6 +76,15 @@ pub fn unpack(package: &Path, folder: &Path) -> Result<(KernelFiles, PackageName
     let root = folder.join("root");
     let name = unpack_file(package, &root)?;
     Ok((find_files(&root, &name.name)?, name))
+}
+
+/// The kernel's files in a tree into which all packages of one kernel were
+/// unpacked.
+///
+/// # Errors
+/// If it holds no kernel, or several.
+pub fn unpacked(root: &Path) -> Result<KernelFiles, ApplianceError> {
+    find_files(root, &root.display().to_string())
 }
 
 /// The kernel's files in the unpacked tree of its packages.
@@ -210,7 +221,7 @@ impl Modules {
                     .file_name()
                     .to_str()
                     .and_then(|name| name.split_once('.'))
-                    && matches!(extension, "ko" | "ko.xz")
+                    && matches!(extension, "ko" | "ko.xz" | "ko.zst")
                 {
                     files.insert(canonical(stem), path);
                 }
@@ -303,15 +314,24 @@ fn module_of_line(line: &str) -> Option<String> {
 
 fn read_module(path: &Path) -> Result<Vec<u8>, ApplianceError> {
     let bytes = fs::read(path).map_err(ApplianceError::file(path, "reading it"))?;
-    if path.extension().is_some_and(|extension| extension == "xz") {
+    let unpacked = |reader: &mut dyn io::Read| {
         let mut object = Vec::new();
-        XzReader::new(bytes.as_slice(), false)
+        reader
             .take(MAX_MODULE)
             .read_to_end(&mut object)
             .map_err(ApplianceError::file(path, "unpacking it"))?;
-        return Ok(object);
+        Ok(object)
+    };
+    match path.extension().and_then(OsStr::to_str) {
+        Some("xz") => unpacked(&mut XzReader::new(bytes.as_slice(), false)),
+        Some("zst") => {
+            let reader = StreamingDecoder::new(bytes.as_slice())
+                .map_err(io::Error::other)
+                .map_err(ApplianceError::file(path, "unpacking it"))?;
+            unpacked(&mut { reader })
+        }
+        _ => Ok(bytes),
     }
-    Ok(bytes)
 }
 
 /// What `modinfo` calls `depends`: the string in the object's `.modinfo`
@@ -377,6 +397,20 @@ mod tests {
                 .expect("none")
                 .is_empty()
         );
+    }
+
+    #[test]
+    fn compressed_modules_are_unpacked() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let object = b"\x7fELF\0depends=\0".repeat(100);
+        let level = ruzstd::encoding::CompressionLevel::Fastest;
+        let packed = ruzstd::encoding::compress_to_vec(object.as_slice(), level);
+        fs::write(folder.path().join("packed.ko.zst"), packed).expect("a file");
+        fs::write(folder.path().join("cut.ko.zst"), b"\x28\xb5").expect("a file");
+        let modules = Modules::list("1", folder.path(), None).expect("modules");
+        let found = modules.required(&["packed"]).expect("a module");
+        assert_eq!(found[0].object, object);
+        assert!(modules.required(&["cut"]).is_err());
     }
 
     #[test]
