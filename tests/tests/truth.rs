@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use secmon_guest::{Selection, Value};
 use secmon_lab::qmp::DumpFormat;
-use secmon_lab::{Backing, Emulator, Guest, Paging, Suite, Workload};
+use secmon_lab::{Backing, Emulator, Guest, GuestBuilder, Kernel, Paging, Suite, Workload};
+use secmon_profile::ProfileError;
 use secmon_tests::compare::{self, Truth};
 use secmon_tests::open::{self, Opened};
-use secmon_tests::rows::read_table;
+use secmon_tests::rows::{TableRow, read_table};
 
 /// Fails with all differences, up to a number that can still be read.
 fn expect_none(what: &str, differences: &[String]) -> Result<()> {
@@ -77,9 +78,21 @@ fn compare_kernel(opened: &Opened, guest: &Guest) -> Result<Vec<String>> {
 fn compare_module_symbols(opened: &Opened, guest: &Guest) -> Result<Vec<String>> {
     // What is no module has a name there too, and its symbols come and go.
     let is_module = |name: &str| name != "bpf" && !name.starts_with("__builtin__");
+    // Where something traced functions when a module was loaded, its code for
+    // the start, long given back, still has names there (`ftrace_mod_maps`).
+    let modules = guest.truth().modules()?;
+    let of_start = |module: &str, address: u64| {
+        let module = modules.iter().find(|found| found.name == module);
+        let sections = module.into_iter().flat_map(|module| &module.sections);
+        let below = sections.filter(|(_, start)| **start <= address);
+        let nearest = below.max_by_key(|(_, start)| **start);
+        nearest.is_some_and(|(name, _)| name == ".init.text")
+    };
     let mut balance = BTreeMap::<(String, String, u64, String), i32>::new();
     for symbol in guest.truth().kallsyms()? {
-        if let Some(module) = symbol.module.filter(|module| is_module(module)) {
+        if let Some(module) = symbol.module.filter(|module| is_module(module))
+            && !of_start(&module, symbol.address)
+        {
             let kind = symbol.kind.to_string();
             let key = (module, symbol.name, symbol.address, kind);
             *balance.entry(key).or_default() -= 1;
@@ -108,6 +121,26 @@ fn compare_module_symbols(opened: &Opened, guest: &Guest) -> Result<Vec<String>>
         .collect())
 }
 
+/// What can be compared of a kernel that was built without types.
+fn compare_without_types(opened: &Opened, guest: &Guest) -> Result<()> {
+    let text = |row: &TableRow| row.get("text").map(ToString::to_string);
+    let told = guest.truth().kmsg()?;
+    let rows = read_table(&opened.guest(), "kmsg", Selection::default())?;
+    let texts: Vec<_> = rows.iter().filter_map(text).collect();
+    let mut theirs = told.iter().map(|message| message.text.to_string());
+    let missing = theirs.find(|theirs| !texts.contains(theirs));
+    ensure!(
+        missing.is_none() && told.len() > 50,
+        "the log lacks {missing:?}"
+    );
+    let error = read_table(&opened.guest(), "processes", Selection::default());
+    let error = error.err().context("processes without types")?;
+    let error = format!("{error:#}");
+    ensure!(error.contains("ISF file"), "{error}");
+    println!("built without BTF: only symbols and the log were compared");
+    Ok(())
+}
+
 /// How often the live tables are read. Truth is not told at one moment, so an
 /// object that comes and goes between its parts can look wrong once; what is
 /// wrong stays wrong.
@@ -132,17 +165,17 @@ fn compare_live(live: &Opened, guest: &Guest) -> Result<Truth> {
     unreachable!("the last attempt returns")
 }
 
-fn compare(emulator: Emulator, suite: Suite, paging: Paging, vcpus: u32) -> Result<()> {
-    let guest = Guest::builder(suite)
-        .emulator(emulator)
-        .paging(paging)
-        .vcpus(vcpus)
+fn compare(builder: GuestBuilder) -> Result<()> {
+    let guest = builder
         .backing(Backing::File)
         .workload(Workload::rich())
         .boot()?;
 
     let live = open::target(&format!("qemu:{}", guest.pid()))?;
     expect_none("the kernel", &compare_kernel(&live, &guest)?)?;
+    if let Err(ProfileError::NoBtf) = live.kernel.profile.types() {
+        return compare_without_types(&live, &guest);
+    }
     expect_none(
         "symbols of modules",
         &compare_module_symbols(&live, &guest)?,
@@ -172,7 +205,12 @@ macro_rules! configurations {
         $(
             #[test]
             fn $name() -> Result<()> {
-                compare(Emulator::$emulator, Suite::$suite, Paging::$paging, $vcpus)
+                compare(
+                    Guest::builder(Suite::$suite)
+                        .emulator(Emulator::$emulator)
+                        .paging(Paging::$paging)
+                        .vcpus($vcpus),
+                )
             }
         )*
     };
@@ -195,4 +233,38 @@ configurations! {
     linux_7_2_five_levels_1_vcpu: Installed, Sid, FiveLevel, 1;
     linux_7_2_five_levels_4_vcpus: Installed, Sid, FiveLevel, 4;
     linux_6_12_on_qemu_10: Backports, Trixie, FourLevel, 1;
+}
+
+/// Where kernels lie that other distributions build: a folder for each, into
+/// which its packages were unpacked (`dpkg-deb --extract`).
+const OTHER_KERNELS: &str = "SECMON_KERNELS";
+
+/// Further kernels, of whichever version and distribution. No archive that
+/// every machine reaches has them, so this runs where somebody fetched them:
+/// docs/kernels.md says how.
+#[test]
+#[ignore = "compares the kernels unpacked below $SECMON_KERNELS"]
+fn other_kernels() -> Result<()> {
+    let folder = std::env::var_os(OTHER_KERNELS)
+        .with_context(|| format!("{OTHER_KERNELS} names no folder; see docs/kernels.md"))?;
+    let mut roots = Vec::new();
+    for entry in std::fs::read_dir(&folder)? {
+        roots.push(entry?.path());
+    }
+    roots.sort();
+    ensure!(!roots.is_empty(), "{folder:?} holds no kernels");
+    let mut failed = Vec::new();
+    for root in roots {
+        let kernel = Kernel::unpacked(&root)?;
+        let release = kernel.release().to_owned();
+        match compare(Guest::builder(Suite::Trixie).kernel(kernel)) {
+            Ok(()) => println!("{release}: equal"),
+            Err(error) => {
+                println!("{release}: {error:#}");
+                failed.push(release);
+            }
+        }
+    }
+    ensure!(failed.is_empty(), "different: {}", failed.join(", "));
+    Ok(())
 }

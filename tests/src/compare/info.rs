@@ -174,6 +174,12 @@ fn own(name: &str, info: &Info) -> Expected {
     let [_, host, release, version, machine] = &info.uname;
     let time = |nanoseconds: i128| Value::Time(nanoseconds).to_string();
     match name {
+        // Ubuntu's kernels have their package's version behind it, which
+        // /proc/version leaves out.
+        "banner" if version.to_string().contains("Ubuntu") => {
+            let start = info.version.to_string();
+            Expected::TextBetween(format!("{start} (Ubuntu "), format!("{start} (Ubuntu ~"))
+        }
         "banner" => Expected::text(info.version.as_bytes()),
         "release" => Expected::text(release.as_bytes()),
         "version" => Expected::text(version.as_bytes()),
