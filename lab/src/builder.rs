@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -57,6 +57,15 @@ pub enum QmpAccess {
     None,
     /// A UNIX socket, [`Guest::qmp_socket`].
     Socket,
+}
+
+/// What a guest boots from, where it is not the lab that starts it.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// The compressed image of its kernel.
+    pub kernel: PathBuf,
+    /// Its kernel's command line.
+    pub command_line: String,
 }
 
 /// Describes a guest, then boots it.
@@ -245,18 +254,36 @@ impl GuestBuilder {
         }
     }
 
+    /// What somebody else who starts the guest has to load: its initial file
+    /// system is written to the file `initramfs`. Its truth then is at the
+    /// virtio-serial port [`truth::PORT_NAME`](crate::truth::PORT_NAME), for
+    /// [`TruthChannel::connect`](crate::TruthChannel::connect).
+    ///
+    /// # Errors
+    /// If the kernel can't be fetched.
+    pub fn prepare(&self, initramfs: &Path) -> Result<Prepared> {
+        let kernel = self.fetch_kernel()?;
+        initramfs::write(initramfs, &kernel, &self.workload)?;
+        Ok(Prepared {
+            kernel: kernel.image(),
+            command_line: self.kernel_command_line(),
+        })
+    }
+
+    fn fetch_kernel(&self) -> Result<Kernel> {
+        if let Some(kernel) = &self.kernel {
+            return Ok(kernel.clone());
+        }
+        ensure!(
+            self.paging == Paging::FourLevel || self.suite.has_five_level_paging(),
+            "Debian's kernel {} is built without five-level paging",
+            self.suite
+        );
+        Kernel::fetch(self.suite)
+    }
+
     fn boot_once(&self) -> Result<Guest> {
-        let kernel = match &self.kernel {
-            Some(kernel) => kernel.clone(),
-            None => {
-                ensure!(
-                    self.paging == Paging::FourLevel || self.suite.has_five_level_paging(),
-                    "Debian's kernel {} is built without five-level paging",
-                    self.suite
-                );
-                Kernel::fetch(self.suite)?
-            }
-        };
+        let kernel = self.fetch_kernel()?;
         let acceleration = self
             .acceleration
             .unwrap_or_else(|| self.usable_acceleration());

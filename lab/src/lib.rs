@@ -41,7 +41,7 @@ pub use secmon_truth as truth;
 
 pub use acceleration::Acceleration;
 pub use agent::static_secmon;
-pub use builder::{Backing, GuestBuilder, Machine, Paging, QmpAccess};
+pub use builder::{Backing, GuestBuilder, Machine, Paging, Prepared, QmpAccess};
 pub use debug_image::debug_image;
 pub use emulator::Emulator;
 pub use guest::Guest;

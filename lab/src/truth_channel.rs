@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,6 +36,17 @@ impl TruthChannel {
         Ok(Self {
             stream: Mutex::new(stream),
         })
+    }
+
+    /// Connects to the truth port of a guest that somebody else started, and
+    /// waits for its greeting.
+    ///
+    /// # Errors
+    /// If there is no such socket, or no greeting in time.
+    pub fn connect(socket: &Path, wait: Duration) -> Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .with_context(|| format!("cannot connect to {}", socket.display()))?;
+        Self::open(stream, wait)
     }
 
     /// Sends a request and reads its answer.

@@ -72,6 +72,16 @@ const TESTS: &[Prerequisite] = &[
         needed_for: "checking libvirt domains",
     },
     Prerequisite {
+        file: "libvirtd",
+        package: "libvirt-daemon",
+        needed_for: "a guest that libvirt runs",
+    },
+    Prerequisite {
+        file: "/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so",
+        package: "libvirt-daemon-driver-qemu",
+        needed_for: "a guest that libvirt runs",
+    },
+    Prerequisite {
         file: "xmllint",
         package: "libxml2-utils",
         needed_for: "checking libvirt domains",
