@@ -203,7 +203,8 @@ pub enum Request {
     /// Take one away.
     RemoveBreakpoint(Breakpoint),
     /// Execute one instruction on one vCPU of the stopped target, the others
-    /// standing still; it stays stopped, and the lease begins anew.
+    /// standing still; it stays stopped, and the lease begins anew. Interrupts
+    /// are held off: a vCPU that is halted stays so.
     Step {
         /// The vCPU, from 0.
         vcpu: u32,

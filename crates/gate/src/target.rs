@@ -27,6 +27,9 @@ const TIMEOUT: Duration = Duration::from_secs(2);
 /// How long is waited until a target that was let run does so.
 const RUNS_WITHIN: Duration = Duration::from_millis(300);
 
+/// How long one instruction may take.
+const STEPS_WITHIN: Duration = Duration::from_millis(200);
+
 /// Why something was not done.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TargetError {
@@ -429,22 +432,33 @@ impl Target {
     }
 
     /// One instruction, with a breakpoint at its address taken away meanwhile.
+    ///
+    /// A stub steps with interrupts held off, so an instruction that waits for
+    /// one (`hlt`, in every idle kernel) never ends: the machine is then stopped
+    /// as it is, after it.
     fn step_from(&mut self, vcpu: u32, address: u64) -> Result<Registers> {
         let at = |breakpoint: &&Breakpoint| {
             breakpoint.kind == BreakpointKind::Execute && breakpoint.address == address
         };
         let under = self.breakpoints.iter().find(at).copied();
-        let gdb = self.gdb()?;
         if let Some(breakpoint) = under {
-            gdb.remove(breakpoint)?;
+            self.gdb()?.remove(breakpoint)?;
         }
-        let stepped = gdb.step(vcpu);
+        let stepped = self.step_within(vcpu);
         if let Some(breakpoint) = under {
-            gdb.set(breakpoint)?;
+            self.gdb()?.set(breakpoint)?;
         }
         stepped?;
         self.forget_own_events()?;
         self.registers_now(vcpu)
+    }
+
+    fn step_within(&mut self, vcpu: u32) -> Result<()> {
+        if self.gdb()?.step(vcpu, STEPS_WITHIN)?.is_none() {
+            self.link()?.qmp.stop()?;
+            self.gdb()?.wait_for_stop(STEPS_WITHIN)?;
+        }
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<()> {

@@ -365,21 +365,31 @@ impl GdbClient {
         self.send(&Command::Continue)
     }
 
-    /// Executes one instruction on one vCPU.
+    /// Executes one instruction on one vCPU. `None` if that takes longer than
+    /// `patience`: the vCPU is halted, or QEMU is slow. It then has to be
+    /// stopped by other means, and [`wait_for_stop`](Self::wait_for_stop) takes
+    /// in what the stub says of that.
     ///
     /// # Errors
     /// See [`describe`](Self::describe).
-    pub fn step(&mut self, vcpu: u32) -> Result<StopReply, GdbError> {
+    pub fn step(&mut self, vcpu: u32, patience: Duration) -> Result<Option<StopReply>, GdbError> {
         self.stops.clear();
-        let command = Command::Step { vcpu };
-        self.send(&command)?;
-        let deadline = Instant::now() + self.timeout;
+        self.send(&Command::Step { vcpu })?;
+        self.wait_for_stop(patience)
+    }
+
+    /// The stop reply to what was let run, if it comes in time.
+    ///
+    /// # Errors
+    /// See [`describe`](Self::describe).
+    pub fn wait_for_stop(&mut self, patience: Duration) -> Result<Option<StopReply>, GdbError> {
+        let deadline = Instant::now() + patience;
         loop {
             if let Some(stop) = self.stops.pop() {
-                return Ok(stop);
+                return Ok(Some(stop));
             }
             if !self.wait(deadline)? {
-                return Err(self.timed_out(&command));
+                return Ok(None);
             }
             self.receive()?;
         }
