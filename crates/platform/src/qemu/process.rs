@@ -37,6 +37,12 @@ impl ProcessId {
         })
     }
 
+    /// The user that the process with this number runs as now; `None` if that
+    /// can't be told.
+    pub fn user(self) -> Option<u32> {
+        owner(self.pid)
+    }
+
     /// Whether this very process still runs.
     pub fn is_alive(self) -> bool {
         self.state()
