@@ -6,16 +6,12 @@
 //! seccomp. The supervisor, which starts them again when they die, listens to
 //! nobody but the kernel.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use landlock::{AccessFs, PathBeneath, PathFd, RulesetCreatedAttr, RulesetStatus};
 use nix::unistd::{Uid, User, initgroups, setgid, setgroups, setuid};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
-};
+use secmon_sandbox::{Argument, Filter, FilterError};
 
 /// Why a process could not be confined.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +35,10 @@ pub enum SandboxError {
     Landlock(String),
     /// Seccomp failed or is missing.
     #[error("confining system calls by seccomp: {0}")]
-    Seccomp(String),
+    Seccomp(#[from] FilterError),
+    /// It can't give up gaining rights by running a program.
+    #[error("giving up to gain rights (no_new_privs): {0}")]
+    NoNewPrivileges(io::Error),
 }
 
 /// Becomes an unprivileged user, if this process is root. With that all
@@ -68,7 +67,7 @@ pub fn drop_rights(user: Option<&str>) -> Result<(), SandboxError> {
         }
     }
     rustix::thread::set_no_new_privs(true)
-        .map_err(|error| SandboxError::Seccomp(io::Error::from(error).to_string()))
+        .map_err(|error| SandboxError::NoNewPrivileges(error.into()))
 }
 
 /// The system calls of the gate, whatever their arguments.
@@ -157,26 +156,15 @@ pub const KEEPER_CONDITIONAL: usize = 1;
 /// [`SandboxError`]; a gate that is not confined does not serve.
 pub fn confine_gate(folders: &[PathBuf]) -> Result<(), SandboxError> {
     restrict_files(folders)?;
-    let mut rules = conditional().map_err(seccomp)?;
-    let rule = |argument, operator, value| one_rule(argument, operator, value).map_err(seccomp);
-    let thread = libc::CLONE_THREAD as u64;
-    // `clone3` has its flags in memory, where no filter sees them: it does not
-    // exist, and libc turns to `clone`.
-    rules.insert(
-        libc::SYS_clone,
-        vec![rule(0, SeccompCmpOp::MaskedEq(thread), thread)?],
-    );
-    let unix = libc::AF_UNIX as u64;
-    rules.insert(libc::SYS_socket, vec![rule(0, SeccompCmpOp::Eq, unix)?]);
-    let nonblocking = libc::FIONBIO;
-    rules.insert(
-        libc::SYS_ioctl,
-        vec![rule(1, SeccompCmpOp::Eq, nonblocking)?],
-    );
-    let own = u64::from(std::process::id());
-    rules.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Eq, own)?]);
-    debug_assert_eq!(rules.len(), GATE_CONDITIONAL);
-    restrict_system_calls(GATE, rules)
+    let filter = Filter::default()
+        .allow_mapping()?
+        .allow_protecting()?
+        .allow_threads()?
+        .allow_own_end()?
+        .allow_if(libc::SYS_socket, 0, &[Argument::Is(libc::AF_UNIX as u64)])?
+        .allow_if(libc::SYS_ioctl, 1, &[Argument::Is(libc::FIONBIO)])?;
+    debug_assert_eq!(filter.conditional(), GATE_CONDITIONAL);
+    Ok(filter.allow(GATE).install()?)
 }
 
 /// Confines the keeper: no files, and the sockets that it is given.
@@ -185,10 +173,9 @@ pub fn confine_gate(folders: &[PathBuf]) -> Result<(), SandboxError> {
 /// [`SandboxError`].
 pub fn confine_keeper() -> Result<(), SandboxError> {
     restrict_files(&[])?;
-    let mut rules = conditional().map_err(seccomp)?;
-    rules.remove(&libc::SYS_mprotect);
-    debug_assert_eq!(rules.len(), KEEPER_CONDITIONAL);
-    restrict_system_calls(KEEPER, rules)
+    let filter = Filter::default().allow_mapping()?;
+    debug_assert_eq!(filter.conditional(), KEEPER_CONDITIONAL);
+    Ok(filter.allow(KEEPER).install()?)
 }
 
 fn restrict_files(folders: &[PathBuf]) -> Result<(), SandboxError> {
@@ -216,42 +203,4 @@ fn restrict_files(folders: &[PathBuf]) -> Result<(), SandboxError> {
 
 fn open_folder(folder: &Path) -> Result<PathFd, SandboxError> {
     PathFd::new(folder).map_err(|error| SandboxError::Landlock(error.to_string()))
-}
-
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-fn one_rule(
-    argument: u8,
-    operator: SeccompCmpOp,
-    value: u64,
-) -> Result<SeccompRule, seccompiler::BackendError> {
-    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?;
-    SeccompRule::new(vec![condition])
-}
-
-/// Memory that is not executable.
-fn conditional() -> Result<Rules, seccompiler::BackendError> {
-    let executable = libc::PROT_EXEC as u64;
-    let mut rules = BTreeMap::new();
-    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        let rule = one_rule(2, SeccompCmpOp::MaskedEq(executable), 0)?;
-        rules.insert(call, vec![rule]);
-    }
-    Ok(rules)
-}
-
-fn restrict_system_calls(calls: &[libc::c_long], mut rules: Rules) -> Result<(), SandboxError> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(seccomp)?;
-    rules.extend(calls.iter().map(|call| (*call, Vec::new())));
-    // "No such system call" is the one refusal that libraries know how to
-    // take.
-    let refuse = SeccompAction::Errno(libc::ENOSYS as u32);
-    let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch).map_err(seccomp)?;
-    let program = BpfProgram::try_from(filter).map_err(seccomp)?;
-    seccompiler::apply_filter(&program).map_err(seccomp)
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
-fn seccomp(error: impl std::fmt::Display) -> SandboxError {
-    SandboxError::Seccomp(error.to_string())
 }

@@ -18,16 +18,14 @@
 //! process has over none that isn't), so it is left out when the target is one.
 #![deny(unsafe_code)]
 
-use std::collections::BTreeMap;
+mod filter;
+
 use std::path::PathBuf;
 
+pub use filter::{Argument, Filter, FilterError};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
     Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
-};
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
 };
 
 /// How far the process has come.
@@ -73,7 +71,7 @@ pub fn confine(stage: Stage, needs: &Needs) -> Vec<Weakness> {
         }
     }
     if let Err(error) = restrict_system_calls(stage) {
-        weaknesses.push(Weakness::Seccomp(error));
+        weaknesses.push(Weakness::Seccomp(error.to_string()));
     }
     weaknesses
 }
@@ -225,55 +223,23 @@ const WHILE_OPENING: &[libc::c_long] = &[
     libc::SYS_unlink,
 ];
 
-/// System calls that are allowed for some arguments only.
-fn conditional() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
-    use SeccompCmpArgLen::Dword;
-    let rule = |argument, operator, value| {
-        let condition = SeccompCondition::new(argument, Dword, operator, value)?;
-        SeccompRule::new(vec![condition])
-    };
-    let not_executable = || {
-        let executable = libc::PROT_EXEC as u64;
-        rule(2, SeccompCmpOp::MaskedEq(executable), 0)
-    };
-    let mut rules = BTreeMap::new();
-    rules.insert(libc::SYS_mmap, vec![not_executable()?]);
-    rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
-    // Threads, no processes. `clone3` has its flags in memory, where no
-    // filter sees them: it does not exist, and libc turns to `clone`.
-    let thread = libc::CLONE_THREAD as u64;
-    let threads = rule(0, SeccompCmpOp::MaskedEq(thread), thread)?;
-    rules.insert(libc::SYS_clone, vec![threads]);
-    // A terminal's size and settings may be asked for, not changed.
-    let asked = [libc::TCGETS, libc::TIOCGWINSZ];
-    let terminal = asked
-        .into_iter()
-        .map(|request| rule(1, SeccompCmpOp::Eq, request));
-    rules.insert(libc::SYS_ioctl, terminal.collect::<Result<_, _>>()?);
-    // A program may end itself by a signal, as `abort` does.
-    let own = u64::from(std::process::id());
-    rules.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Eq, own)?]);
-    Ok(rules)
-}
-
-fn restrict_system_calls(stage: Stage) -> Result<(), String> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|error| error.to_string())?;
-    let mut rules = conditional().map_err(|error| error.to_string())?;
+fn restrict_system_calls(stage: Stage) -> Result<(), FilterError> {
     let opening = match stage {
         Stage::Opening => WHILE_OPENING,
         Stage::Reading => &[],
     };
-    for call in ALWAYS.iter().chain(opening) {
-        rules.insert(*call, Vec::new());
-    }
-    // "No such system call" is the one refusal that libraries know how to
-    // take: they fall back to another call or report an error.
-    let refuse = SeccompAction::Errno(libc::ENOSYS as u32);
-    let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch)
-        .map_err(|error| error.to_string())?;
-    let program = BpfProgram::try_from(filter).map_err(|error| error.to_string())?;
+    // A terminal's size and settings may be asked for, not changed.
+    let asked = [libc::TCGETS, libc::TIOCGWINSZ].map(Argument::Is);
     // Of all threads: one may wait for the watcher of a paused guest.
-    seccompiler::apply_filter_all_threads(&program).map_err(|error| error.to_string())
+    Filter::default()
+        .allow_mapping()?
+        .allow_protecting()?
+        .allow_threads()?
+        .allow_own_end()?
+        .allow_if(libc::SYS_ioctl, 1, &asked)?
+        .allow(ALWAYS)
+        .allow(opening)
+        .install()
 }
 
 #[cfg(test)]
