@@ -135,6 +135,8 @@ fn a_monitor_comes_up_survives_and_goes() {
         // the count of restarts when it does.
         let machine = host.pid("machine").expect("a VM");
         let restarts = host.restarts();
+        host.wait("its gate", |host| host.gate().is_some());
+        let gate = host.gate();
         kill(machine);
         host.wait("another VM", |host| {
             host.pid("machine")
@@ -142,6 +144,7 @@ fn a_monitor_comes_up_survives_and_goes() {
                 && host.restarts() > restarts
                 && host.target() == "watched"
         });
+        assert_eq!(host.gate(), gate, "the gate needs no monitor");
         assert_runs(&guest);
 
         // A process of the gate dies: another one, and it is told.

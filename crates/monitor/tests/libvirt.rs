@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
 
+use secmon_monitor::launch::command_line::GatePort;
 use secmon_monitor::launch::libvirt::{MonitorDomain, TargetRam, convert};
 
 /// A domain as `virsh dumpxml` writes it.
@@ -75,9 +76,16 @@ fn a_monitors_domain_is_valid() {
             };
             2
         ],
+        gates: (0..2)
+            .map(|number| GatePort {
+                number,
+                socket: PathBuf::from(format!("/run/a & b/gate-{number}.sock")),
+            })
+            .collect(),
     };
     assert_valid(&monitor("web1", "kvm").to_xml());
     let qemu = monitor("a'b", "qemu").to_xml();
     assert_valid(&qemu);
+    assert!(qemu.contains("<target type='virtio' name='org.secmon.gate.1'/>"));
     assert!(qemu.contains("readonly=on") && qemu.contains("a,,b &amp; &lt;c&gt;"));
 }

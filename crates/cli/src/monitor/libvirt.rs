@@ -7,8 +7,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use secmon_monitor::launch::command_line::Accelerator;
 use secmon_monitor::launch::libvirt::{MonitorDomain, TargetRam, convert};
+use secmon_monitor::launch::run_directory::RunDirectory;
 use secmon_monitor::launch::state::TargetState;
-use secmon_monitor::launch::{MonitorName, status, target};
+use secmon_monitor::launch::{MonitorName, gates, status, target};
 
 use super::arguments::LibvirtArguments;
 use super::the_one;
@@ -78,12 +79,13 @@ fn of_monitor(name: &MonitorName) -> Result<String> {
             Accelerator::Tcg => "qemu",
         },
         memory_mib: settings.memory_mib,
-        kernel: settings.kernel,
-        initramfs: settings.initramfs,
-        kernel_arguments: settings.kernel_arguments,
+        kernel: settings.kernel.clone(),
+        initramfs: settings.initramfs.clone(),
+        kernel_arguments: settings.kernel_arguments.clone(),
         configuration: status.folder.join("configuration.json"),
         channel: status.folder.join("channel.sock"),
         targets: targets.collect::<Result<_>>()?,
+        gates: gates::ports(&RunDirectory::of(name)?, &settings.gates),
     };
     Ok(domain.to_xml())
 }

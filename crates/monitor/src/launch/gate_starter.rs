@@ -70,6 +70,18 @@ pub enum GateStartError {
         /// The system's reason.
         source: io::Error,
     },
+    /// A socket of somebody else.
+    #[error(
+        "{path} belongs to user {user}, and the target's QEMU to user {owner}: its control socket must be its own"
+    )]
+    Owner {
+        /// The socket.
+        path: PathBuf,
+        /// Whose it is.
+        user: u32,
+        /// QEMU's user.
+        owner: u32,
+    },
     /// The gate's user can't be let in.
     #[error(
         "{path} lies on a file system without access control lists, so that the gate's own user can't be let in: put the target's sockets into /run or /dev/shm, or run secmon as the user of the target's QEMU"
@@ -116,12 +128,14 @@ fn run(
     let plan: GatePlan =
         serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
     let mut configuration = plan.configuration;
-    let place = |path: &Path| open_socket(path, plan.account);
+    let ended = || GateStartError::TargetEnded(plan.target.pid);
+    let owner = plan.target.user().ok_or_else(ended)?;
+    let place = |path: &Path| open_socket(path, owner, plan.account);
     let qmp = place(&configuration.qmp)?;
     let gdb = configuration.gdb.as_deref().map(place).transpose()?;
     // The paths may be another QEMU's by now, if this one is gone.
     if !plan.target.is_alive() {
-        return Err(GateStartError::TargetEnded(plan.target.pid));
+        return Err(ended());
     }
     // The gate's processes have the same descriptors open.
     configuration.qmp = descriptor_path(qmp.as_raw_fd()).into();
@@ -152,19 +166,34 @@ fn run(
 
 /// Opens a socket as a place, for this process and those that it starts, and
 /// lets the gate's user connect to it.
-fn open_socket(path: &Path, account: Option<Account>) -> Result<OwnedFd, GateStartError> {
+///
+/// QEMU may be in the hands of its guest by now and have put something else in
+/// the socket's place: that leads nowhere, and what is another user's is not
+/// opened to anybody.
+fn open_socket(
+    path: &Path,
+    owner: u32,
+    account: Option<Account>,
+) -> Result<OwnedFd, GateStartError> {
     let failed = |what, source| GateStartError::Socket {
         what,
         path: path.to_owned(),
         source,
     };
-    let place = rustix::fs::open(path, OFlags::PATH, Mode::empty())
+    let place = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
         .map_err(|error| failed("looking for the target's socket", error.into()))?;
     let metadata = fs::metadata(descriptor_path(place.as_raw_fd()))
         .map_err(|error| failed("looking at the target's socket", error))?;
     if !metadata.file_type().is_socket() {
         let error = io::Error::other("it is no socket");
         return Err(failed("looking at the target's socket", error));
+    }
+    if metadata.uid() != owner {
+        return Err(GateStartError::Owner {
+            path: path.to_owned(),
+            user: metadata.uid(),
+            owner,
+        });
     }
     let Some(account) = account else {
         return Ok(place);
@@ -247,13 +276,20 @@ mod tests {
     #[test]
     fn only_sockets_are_opened() {
         let folder = tempfile::tempdir().expect("a folder");
+        let own = ProcessRecord::of(std::process::id()).expect("it runs");
+        let own = own.user().expect("known");
         let path = folder.path().join("file");
         fs::write(&path, "x").expect("a file");
-        let error = open_socket(&path, None).expect_err("no socket");
+        let error = open_socket(&path, own, None).expect_err("no socket");
         assert!(error.to_string().contains("no socket"), "{error}");
         let path = folder.path().join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
-        let place = open_socket(&path, None).expect("a place");
+        let error = open_socket(&path, own + 1, None).expect_err("somebody else's");
+        assert!(error.to_string().contains("its own"), "{error}");
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("a link");
+        assert!(open_socket(&link, own, None).is_err(), "it is followed");
+        let place = open_socket(&path, own, None).expect("a place");
         fs::rename(&path, folder.path().join("moved")).expect("moved");
         let way = descriptor_path(place.as_raw_fd());
         std::os::unix::net::UnixStream::connect(way).expect("the same socket");

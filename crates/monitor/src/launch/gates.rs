@@ -21,6 +21,7 @@ use secmon_gate::protocol::Right;
 use secmon_gate::supervisor::Part;
 
 use super::account::Account;
+use super::command_line::GatePort;
 use super::gate_starter::{GatePlan, forbid_connecting, give_to};
 use super::process::ProcessRecord;
 use super::run_directory::RunDirectory;
@@ -46,9 +47,20 @@ pub fn port_name(slot: u32) -> String {
 }
 
 /// The gate's socket in the monitor's folder.
-#[must_use]
-pub fn socket(directory: &RunDirectory, slot: u32) -> PathBuf {
+fn socket(directory: &RunDirectory, slot: u32) -> PathBuf {
     directory.file(&format!("gate-{slot}.sock"))
+}
+
+/// The ports that lead to the gates, whether those run or not.
+#[must_use]
+pub fn ports(directory: &RunDirectory, gates: &[GateSettings]) -> Vec<GatePort> {
+    let slots = gates.iter().zip(0..);
+    slots
+        .map(|(_, number)| GatePort {
+            number,
+            socket: socket(directory, number),
+        })
+        .collect()
 }
 
 /// The folder of a gate's key and grants.
@@ -112,15 +124,16 @@ pub fn prepare(
         move |source| GateFilesError::Host { what, path, source }
     };
     let own = folder(directory, slot);
-    make_folder(&own, 0o700).map_err(failed("making", &own))?;
+    make_folder(&own, 0o711).map_err(failed("making", &own))?;
     let key = KeyPair::generate()?;
-    key.write_new(&own.join(files::GATE_KEY))?;
+    let key_file = own.join(files::GATE_KEY);
+    key.write_new(&key_file)?;
+    give_to(&key_file, account).map_err(failed("giving to the gate's user", &key_file))?;
+    // The gate's user reads what is granted, and can't change it.
     let file = own.join(files::GATE_GRANTS);
     fs::write(&file, grants.to_text()).map_err(failed("writing", &file))?;
-    for name in [files::GATE_KEY, files::GATE_GRANTS, ""] {
-        let path = own.join(name);
-        give_to(&path, account).map_err(failed("giving to the gate's user", &path))?;
-    }
+    let readable = fs::Permissions::from_mode(0o644);
+    fs::set_permissions(&file, readable).map_err(failed("changing the mode of", &file))?;
     // Others may pass, to a folder that is the gate's alone.
     let mut log_folder = logs.to_owned();
     make_folder(&log_folder, 0o711).map_err(failed("making", &log_folder))?;
@@ -279,7 +292,9 @@ impl Gates {
                 .as_mut()
                 .is_some_and(|child| !matches!(child.try_wait(), Ok(None)));
             let alive = !reaped && running.process.is_alive();
-            if alive && target == Some(running.target) {
+            // While the monitoring VM is started again no target is watched.
+            let target_lives = target.is_none() && running.target.is_alive();
+            if alive && (target == Some(running.target) || target_lives) {
                 let state = look_at(&running, place, old, note);
                 if running.since.elapsed() > STEADY {
                     slot.next = None;

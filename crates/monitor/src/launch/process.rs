@@ -40,6 +40,12 @@ impl ProcessRecord {
         self.id().is_alive()
     }
 
+    /// The user that it runs as; `None` if that can't be told.
+    #[must_use]
+    pub fn user(self) -> Option<u32> {
+        self.id().user()
+    }
+
     fn id(self) -> ProcessId {
         ProcessId {
             pid: self.pid,

@@ -11,7 +11,7 @@
 //! | `state.json` | what the supervisor last saw |
 //! | `channel.sock`, `qmp.sock` | QEMU's ends |
 //! | `gate-N.sock` | where the monitor's QEMU reaches the gate of target N |
-//! | `gate-N/` | that gate's key and grants, in a folder of its user |
+//! | `gate-N/` | that gate's key, which is its user's, and its grants |
 //! | `gate-N.json`, `gate-N.messages` | how it was started, what its processes said |
 //! | `channel.lock` | held by whoever talks to the monitor |
 //! | `console.log`, `supervisor.log` | bounded logs |

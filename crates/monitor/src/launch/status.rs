@@ -154,8 +154,13 @@ pub fn read(name: &MonitorName) -> Result<Status, DownError> {
         let gates = gates.enumerate().map(|(slot, gate)| {
             let mut records = processes.gates.iter();
             let record = records.find(|record| record.slot as usize == slot);
+            let mut seen = state.gates.get(slot).cloned().unwrap_or_default();
+            if let (GateState::Running { gate, keeper, .. }, Some(record)) = (&mut seen, record) {
+                let parts = gates::parts(record.process);
+                (*gate, *keeper) = (parts.gate, parts.keeper);
+            }
             GateStatus {
-                state: state.gates.get(slot).cloned().unwrap_or_default(),
+                state: seen,
                 supervisor: Life::of(record.map(|record| record.process)),
                 rights: gates::rights(gate, name),
                 log: gate.log.clone(),

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use secmon_channel::{KeyError, KeyPair, Peer};
 use secmon_platform::qemu::{QmpError, RamFileKind};
 
-use super::command_line::{GatePort, Machine, guest_name, pci_address};
+use super::command_line::{Machine, guest_name, pci_address};
 use super::console::Console;
 use super::gates::{self, Gates, Place};
 use super::hotplug::{Plug, PlugError};
@@ -326,7 +326,7 @@ impl Supervisor {
                 memory_mib: self.settings.memory_mib,
                 kernel_arguments: self.settings.kernel_arguments.clone(),
                 target_slots: u32::try_from(self.settings.targets.len()).unwrap_or(u32::MAX),
-                gates: self.gate_ports(),
+                gates: gates::ports(&self.directory, &self.settings.gates),
                 reconnect: self.settings.reconnect,
             },
             account: self.settings.account,
@@ -576,17 +576,6 @@ impl Supervisor {
             self.directory.write(files::PROCESSES, &processes)?;
         }
         Ok(())
-    }
-
-    /// The ports that lead to the gates, whether those run or not.
-    fn gate_ports(&self) -> Vec<GatePort> {
-        let slots = self.settings.gates.iter().zip(0..);
-        slots
-            .map(|(_, number)| GatePort {
-                number,
-                socket: gates::socket(&self.directory, number),
-            })
-            .collect()
     }
 
     /// Ends the VM, to start one that knows the target as it is now.

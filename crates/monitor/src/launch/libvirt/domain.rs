@@ -2,10 +2,14 @@
 //!
 //! libvirt's own `<shmem>` device has no read-only form, so the targets' RAM
 //! is given to QEMU directly (`qemu:commandline`): opened `O_RDONLY` and
-//! mapped so. The file's owner must let libvirt's QEMU user read it.
+//! mapped so. The file's owner must let libvirt's QEMU user read it, and the
+//! gates' sockets be given to that user.
 
 use std::fmt::Write;
 use std::path::PathBuf;
+
+use crate::launch::command_line::GatePort;
+use crate::launch::gates::port_name;
 
 /// A target's RAM, as it is given to a monitoring VM under libvirt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +41,8 @@ pub struct MonitorDomain {
     pub channel: PathBuf,
     /// The targets' RAM, by slot.
     pub targets: Vec<TargetRam>,
+    /// The ports to the targets' gates.
+    pub gates: Vec<GatePort>,
 }
 
 impl MonitorDomain {
@@ -63,6 +69,21 @@ impl MonitorDomain {
                 // Writing to a string does not fail.
                 let _ = writeln!(arguments, "    <qemu:arg value='{}'/>", escaped(&value));
             }
+        }
+        let mut gates = String::new();
+        for GatePort { number, socket } in &self.gates {
+            let _ = write!(
+                gates,
+                "    <channel type='unix'>
+      <source mode='connect' path='{}'>
+        <reconnect enabled='yes' timeout='1'/>
+      </source>
+      <target type='virtio' name='{}'/>
+    </channel>
+",
+                path(socket),
+                port_name(*number),
+            );
         }
         format!(
             "<domain type='{domain_type}' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -92,7 +113,7 @@ impl MonitorDomain {
       <source mode='bind' path='{channel}'/>
       <target type='virtio' name='org.secmon.channel'/>
     </channel>
-    <serial type='pty'/>
+{gates}    <serial type='pty'/>
     <memballoon model='none'/>
   </devices>
   <qemu:commandline>
