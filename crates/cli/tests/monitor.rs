@@ -171,6 +171,7 @@ fn a_monitor_comes_up_survives_and_goes() {
         assert_eq!(host.pid("machine"), machine);
         host.wait("the target again", |host| host.target() == "watched");
         assert_eq!(host.gate(), gate, "the gate goes on");
+        assert_eq!(host.pid("machine"), machine, "the VM goes on");
         assert_confined(machine.expect("a VM"), &ram);
         assert_runs(&guest);
     }

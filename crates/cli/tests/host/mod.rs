@@ -157,6 +157,12 @@ impl Host {
         self.folder.path().join(path).display().to_string()
     }
 
+    /// Whether what is written down is what the running supervisor saw.
+    pub fn is_fresh(&self) -> bool {
+        let own = self.json("state.json")["supervisor"]["pid"].as_u64();
+        own.is_some_and(is_alive) && own == self.pid("supervisor")
+    }
+
     /// How often the VM was started again.
     pub fn restarts(&self) -> u64 {
         self.json("state.json")["restarts"].as_u64().unwrap_or(0)

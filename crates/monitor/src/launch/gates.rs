@@ -24,8 +24,8 @@ use super::account::Account;
 use super::command_line::GatePort;
 use super::gate_starter::{GatePlan, forbid_connecting, give_to};
 use super::process::ProcessRecord;
-use super::run_directory::RunDirectory;
-use super::state::{GateSettings, GateState, Settings};
+use super::run_directory::{RunDirectory, RunDirectoryError};
+use super::state::{GateSettings, GateState, Processes, Settings};
 use super::target::{RunningTarget, TargetName};
 use super::{GATE_COMMAND, MonitorName, files};
 
@@ -430,6 +430,16 @@ fn start(place: &Place<'_>, target: ProcessRecord) -> Result<(Running, String), 
     let Some(process) = ProcessRecord::of(child.id()) else {
         return Err(failed(&mut child));
     };
+    // Whoever comes after this process, if it is killed now, has to know it.
+    let record = GateRecord {
+        slot: place.slot,
+        process,
+        target,
+    };
+    if let Err(error) = write_down(place.directory, record) {
+        let _ = failed(&mut child);
+        return Err(error.to_string());
+    }
     let deadline = Instant::now() + START;
     loop {
         if !matches!(child.try_wait(), Ok(None)) {
@@ -451,6 +461,14 @@ fn start(place: &Place<'_>, target: ProcessRecord) -> Result<(Running, String), 
         since: Instant::now(),
     };
     Ok((running, qmp.display().to_string()))
+}
+
+/// Adds a gate to what is written down of the monitor's processes.
+fn write_down(directory: &RunDirectory, record: GateRecord) -> Result<(), RunDirectoryError> {
+    let mut processes: Processes = directory.read(files::PROCESSES)?.unwrap_or_default();
+    processes.gates.retain(|other| other.slot != record.slot);
+    processes.gates.push(record);
+    directory.write(files::PROCESSES, &processes)
 }
 
 /// What a running gate is made of now.

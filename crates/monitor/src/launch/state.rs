@@ -144,6 +144,9 @@ pub struct Event {
 pub struct State {
     /// When it was written, in seconds since 1970.
     pub updated: u64,
+    /// Who wrote it: what an earlier supervisor saw may be true no more.
+    #[serde(default)]
+    pub supervisor: Option<ProcessRecord>,
     /// When the VM was started, in seconds since 1970; `None` while none runs.
     pub machine_since: Option<u64>,
     /// How often the VM was started again.

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use secmon_channel::{KeyError, KeyPair, Peer};
 use secmon_platform::qemu::{QmpError, RamFileKind};
+use serde::{Deserialize, Serialize};
 
 use super::command_line::{Machine, guest_name, pci_address};
 use super::console::Console;
@@ -96,6 +97,13 @@ struct Running {
 
 /// What a monitor must know of a target's RAM before it starts.
 type Shape = Option<(u64, Option<String>)>;
+
+/// What a running VM was made for, which the next supervisor has to know.
+#[derive(Default, Serialize, Deserialize)]
+struct Made {
+    shapes: Vec<Shape>,
+    openable: Vec<(u64, u64)>,
+}
 
 /// Why a VM has to be started anew for a target.
 enum Misfit {
@@ -182,6 +190,7 @@ impl Supervisor {
         let mut processes: Processes = self.directory.read(files::PROCESSES)?.unwrap_or_default();
         let own = ProcessRecord::of(std::process::id());
         processes.supervisor = own;
+        self.state.supervisor = own;
         let machine = processes.machine.filter(|machine| machine.is_alive());
         processes.machine = machine;
         self.directory.write(files::PROCESSES, &processes)?;
@@ -194,15 +203,16 @@ impl Supervisor {
             Ok(plug) => {
                 self.state
                     .note("a new supervisor took over the running monitoring VM");
-                let shapes: Option<Vec<Shape>> = self.directory.read(files::SHAPES)?;
+                let made: Option<Made> = self.directory.read(files::SHAPES)?;
+                let Made { shapes, openable } = made.unwrap_or_default();
                 self.machine = Some(Running {
                     process,
                     child: None,
                     console: None,
                     plug,
                     since: Instant::now(),
-                    shapes: shapes.unwrap_or_default(),
-                    openable: Vec::new(),
+                    shapes,
+                    openable,
                 });
                 self.replug();
             }
@@ -312,7 +322,6 @@ impl Supervisor {
             .map(|target| target.as_ref().ok().map(shape))
             .collect();
         self.write_configuration(&shapes)?;
-        self.directory.write(files::SHAPES, &shapes)?;
         // An anonymous file lies in no folder, which is all that landlock guards.
         let named = found
             .iter()
@@ -341,7 +350,12 @@ impl Supervisor {
                 .collect(),
             ends_with_parent: false,
         };
-        let openable = named.map(|target| target.ram.identity).collect();
+        let made = Made {
+            openable: named.map(|target| target.ram.identity).collect(),
+            shapes,
+        };
+        self.directory.write(files::SHAPES, &made)?;
+        let Made { shapes, openable } = made;
         self.directory.write(files::PLAN, &plan)?;
         let (console, qemu_end) = UnixStream::pair().map_err(SupervisorError::Start)?;
         let end = |stream: &UnixStream| {

@@ -403,7 +403,8 @@ fn wait(
         seen = seen.or(supervisor);
         let runs = supervisor.is_some() && processes.machine.is_some_and(ProcessRecord::is_alive);
         let gates = state.gates.len() == settings.gates.len();
-        if runs && gates && state.machine_since.is_some() {
+        let own = state.supervisor == supervisor;
+        if runs && own && gates && state.machine_since.is_some() {
             return Ok(Up {
                 settings,
                 processes,
