@@ -86,6 +86,9 @@ fn serve(argument: &str, control: OwnedFd) -> Result<ExitCode, GateError> {
         log: Arc::clone(&log),
     })
     .map_err(host("making a socket pair"))?;
+    // A statically linked program takes random numbers from a file, which
+    // stays open from the first time on.
+    KeyPair::generate()?;
     sandbox::confine_gate(&folders)?;
     let service = Arc::new(Service::new(grants, key, door, log));
     std::thread::Builder::new()
