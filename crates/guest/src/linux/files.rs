@@ -21,8 +21,8 @@ use crate::{
 const TABLE: &str = "files";
 
 /// More descriptors than these are read of no process: the kernel's usual
-/// limit (`fs.nr_open`) is a quarter of it.
-const DESCRIPTOR_LIMIT: u64 = 1 << 22;
+/// limit (`fs.nr_open`).
+const DESCRIPTOR_LIMIT: u64 = 1 << 20;
 
 /// Descriptors whose pointers are copied at once: a page of them.
 const CHUNK: usize = 512;

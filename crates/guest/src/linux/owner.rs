@@ -4,6 +4,7 @@
 //! is told by the file's operations, the object by the private data of the file
 //! or of its inode.
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -13,9 +14,12 @@ use crate::linux::list::is_object_address;
 use crate::linux::task::{Task, leaders, threads};
 use crate::{Diagnostic, Guest, TableError, layout};
 
-/// No process has more descriptors: the largest `fs.nr_open` is 2^30, the
-/// usual 2^20.
-const MOST_DESCRIPTORS: u64 = 1 << 22;
+/// More descriptors are read of no process: the usual `fs.nr_open`.
+const MOST_DESCRIPTORS: u64 = 1 << 20;
+/// More are not read of all processes together, nor are more kept: tables of
+/// descriptors whose sizes are lies would else take hours, and all memory.
+const MOST_READ: u64 = 1 << 23;
+const MOST_KEPT: u64 = 1 << 18;
 /// Descriptors that are read at once.
 const CHUNK: u64 = 512;
 /// How often a table that was outgrown during the read is read again.
@@ -33,6 +37,8 @@ layout! {
     struct DescriptorTableLayout: "fdtable" {
         count: "max_fds",
         files: "fd",
+        open: "open_fds",
+        close_on_exec: "close_on_exec",
     }
 }
 
@@ -111,6 +117,8 @@ impl Owners {
                 Behind::Inode => Some(guest.layout::<InodeLayout>(table)?),
             },
             operations,
+            read: Cell::new(0),
+            kept: Cell::new(0),
         };
         let mut owners = Self::default();
         for leader in leaders(guest, table)? {
@@ -155,6 +163,26 @@ struct Reader<'g> {
     /// Where the object is behind the inode.
     inode: Option<Arc<InodeLayout>>,
     operations: Vec<VirtualAddress>,
+    /// How many descriptors have been read, and how many kept.
+    read: Cell<u64>,
+    kept: Cell<u64>,
+}
+
+/// Where a process's descriptors are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct DescriptorTable {
+    count: u64,
+    files: VirtualAddress,
+    /// How many descriptors there are bits for: the maps of open ones and of
+    /// those that execve closes lie side by side.
+    room: u64,
+}
+
+/// An open file with an object of the kind.
+struct Held {
+    fd: u64,
+    file: VirtualAddress,
+    object: VirtualAddress,
 }
 
 impl Reader<'_> {
@@ -171,76 +199,98 @@ impl Reader<'_> {
             return;
         }
         let comm: Arc<[u8]> = leader.comm().into();
-        let outcome = self.descriptors(task.files, &mut |fd, file| {
-            if let Some(object) = self.object(file) {
-                owners.add(
-                    object,
-                    Owner {
-                        pid: leader.tgid,
-                        comm: comm.clone(),
+        let record = |reason: String| {
+            self.guest.diagnostics().record(Diagnostic {
+                table: self.table,
+                subject: format!("pid {} files_struct", leader.tgid),
+                address: Some(task.files),
+                reason,
+            });
+        };
+        match self.descriptors(task.files) {
+            Ok((held, cut_short)) => {
+                for Held { fd, file, object } in held {
+                    let comm = comm.clone();
+                    let pid = leader.tgid;
+                    let owner = Owner {
+                        pid,
+                        comm,
                         fd,
                         file,
-                    },
-                );
+                    };
+                    owners.add(object, owner);
+                }
+                if let Some(reason) = cut_short {
+                    record(reason);
+                }
             }
-        });
-        if let Err(error) = outcome {
             // A process that ends lets go of its descriptors first.
-            if task.is_unchanged(self.guest) {
-                self.guest.diagnostics().record(Diagnostic {
-                    table: self.table,
-                    subject: format!("pid {} files_struct", leader.tgid),
-                    address: Some(task.files),
-                    reason: format!("what it holds is without its owner: {error}"),
-                });
-            } else {
-                self.guest.diagnostics().count_torn_read();
+            Err(error) if task.is_unchanged(self.guest) => {
+                record(format!("what it holds is without its owner: {error}"));
             }
+            Err(_) => self.guest.diagnostics().count_torn_read(),
         }
     }
 
-    fn table_of(&self, files: VirtualAddress) -> Result<(u64, VirtualAddress), ReadError> {
+    fn table_of(&self, files: VirtualAddress) -> Result<DescriptorTable, ReadError> {
         let table = self.guest.pointer(files, &self.files.table)?;
-        let count = self.guest.number(table, &self.descriptors.count)?;
-        let array = self.guest.pointer(table, &self.descriptors.files)?;
-        Ok((count, array))
+        let open = self.guest.pointer(table, &self.descriptors.open)?;
+        let close_on_exec = self.guest.pointer(table, &self.descriptors.close_on_exec)?;
+        let between = open.as_u64().abs_diff(close_on_exec.as_u64());
+        Ok(DescriptorTable {
+            count: self.guest.number(table, &self.descriptors.count)?,
+            files: self.guest.pointer(table, &self.descriptors.files)?,
+            room: between.saturating_mul(8),
+        })
     }
 
-    fn descriptors(
-        &self,
-        files: VirtualAddress,
-        visit: &mut dyn FnMut(u64, VirtualAddress),
-    ) -> Result<(), ReadError> {
-        let mut pointers = Vec::new();
+    /// The objects of the kind, and why not all descriptors were read.
+    fn descriptors(&self, files: VirtualAddress) -> Result<(Vec<Held>, Option<String>), ReadError> {
+        let mut held = Vec::new();
+        let mut cut_short = None;
+        let kept = self.kept.get();
         for _ in 0..ATTEMPTS {
-            let (count, array) = self.table_of(files)?;
-            pointers.clear();
+            let table = self.table_of(files)?;
+            held.clear();
+            let left = MOST_READ.saturating_sub(self.read.get());
+            let count = table.count.min(table.room).min(MOST_DESCRIPTORS).min(left);
+            cut_short = (count < table.count).then(|| {
+                format!(
+                    "max_fds is {}, but there is room for {} in the map of open descriptors; \
+                     {count} are read",
+                    table.count, table.room
+                )
+            });
+            self.read.set(self.read.get().saturating_add(count));
             let mut bytes = [0; (CHUNK * 8) as usize];
-            let count = count.min(MOST_DESCRIPTORS);
             let mut first = 0;
             while first < count {
                 let now = CHUNK.min(count - first);
                 let part = bytes.get_mut(..(now * 8) as usize).unwrap_or_default();
                 self.guest
                     .space()
-                    .read(array.wrapping_add(first * 8), part)?;
+                    .read(table.files.wrapping_add(first * 8), part)?;
                 for (fd, pointer) in (first..).zip(part.chunks_exact(8)) {
-                    let pointer = pointer.try_into().map_or(0, u64::from_le_bytes);
-                    if pointer != 0 {
-                        pointers.push((fd, VirtualAddress::new(pointer)));
+                    let file =
+                        VirtualAddress::new(pointer.try_into().map_or(0, u64::from_le_bytes));
+                    let Some(object) = self.object(file) else {
+                        continue;
+                    };
+                    if kept.saturating_add(held.len() as u64) >= MOST_KEPT {
+                        cut_short = Some(format!("more than {MOST_KEPT} are held by processes"));
+                        break;
                     }
+                    held.push(Held { fd, file, object });
                 }
                 first += now;
             }
-            if self.table_of(files)? == (count, array) {
+            if self.table_of(files)? == table {
                 break;
             }
             self.guest.diagnostics().count_torn_read();
         }
-        for (fd, file) in pointers {
-            visit(fd, file);
-        }
-        Ok(())
+        self.kept.set(kept.saturating_add(held.len() as u64));
+        Ok((held, cut_short))
     }
 
     /// The object behind an open file, if it is of the kind.
