@@ -591,6 +591,10 @@ fn ask(
             let wanted = length.saturating_sub(chunk.bytes.len() as u64);
             let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
             chunk.bytes.extend(bytes.iter().take(wanted));
+            if bytes.len() > wanted {
+                // More was not asked for: no more credit.
+                return ControlFlow::Break(());
+            }
         }
         ControlFlow::Continue(())
     })?;

@@ -16,6 +16,9 @@ use super::{
 const SILENCE: Duration = Duration::from_secs(60);
 /// Messages of rows that may be on their way at once.
 const CREDIT: u32 = 8;
+/// Messages of a request's answer that come without credit: diagnostics, and
+/// as many more as addresses were asked about.
+const WITHOUT_CREDIT: usize = 16;
 /// Findings that are kept until they are asked for; more are left to the
 /// monitor, which sends what is not acknowledged again.
 const KEPT: usize = 4096;
@@ -37,6 +40,11 @@ pub enum ClientError {
         /// What was asked.
         asked: &'static str,
     },
+    /// The monitor sends what nobody asked for.
+    #[error(
+        "the monitor sends more than it was asked for, which a sound one never does; the conversation is ended"
+    )]
+    Unasked,
 }
 
 /// A part of an answer.
@@ -109,7 +117,7 @@ impl Client {
         sink: &mut dyn FnMut(Answer) -> ControlFlow<()>,
     ) -> Result<End, ClientError> {
         query.credit = CREDIT;
-        self.ask(|id| Request::Query { id, query }, sink)
+        self.ask(|id| Request::Query { id, query }, 0, sink)
     }
 
     /// Asks for bytes of memory.
@@ -131,7 +139,7 @@ impl Client {
             length,
             credit: CREDIT,
         };
-        self.ask(ask, sink)
+        self.ask(ask, 0, sink)
     }
 
     /// Asks how addresses are translated.
@@ -145,7 +153,9 @@ impl Client {
         sink: &mut dyn FnMut(Answer) -> ControlFlow<()>,
     ) -> Result<End, ClientError> {
         let target = target.to_owned();
-        self.ask(|id| Request::Translate { id, target, places }, sink)
+        let walks = places.len();
+        let ask = |id| Request::Translate { id, target, places };
+        self.ask(ask, walks, sink)
     }
 
     /// The targets.
@@ -220,11 +230,16 @@ impl Client {
     fn ask(
         &mut self,
         request: impl FnOnce(u32) -> Request,
+        walks: usize,
         sink: &mut dyn FnMut(Answer) -> ControlFlow<()>,
     ) -> Result<End, ClientError> {
         let own = self.take_id();
         self.send(&request(own))?;
         let mut wanted = true;
+        // What may still come: a hostile monitor must not keep its client busy
+        // for ever.
+        let mut credit = CREDIT;
+        let mut others = walks.saturating_add(WITHOUT_CREDIT);
         loop {
             let reply = self.session.receive(silence())?;
             let (answer, takes_credit) = match reply {
@@ -255,6 +270,11 @@ impl Client {
                     continue;
                 }
             };
+            if takes_credit {
+                credit = credit.checked_sub(1).ok_or(ClientError::Unasked)?;
+            } else {
+                others = others.checked_sub(1).ok_or(ClientError::Unasked)?;
+            }
             if !wanted {
                 continue;
             }
@@ -264,6 +284,7 @@ impl Client {
             } else if takes_credit {
                 let messages = 1;
                 self.send(&Request::Credit { id: own, messages })?;
+                credit = credit.saturating_add(messages);
             }
         }
     }
@@ -308,4 +329,64 @@ fn unexpected(asked: &'static str) -> ClientError {
 
 fn silence() -> Option<Instant> {
     Instant::now().checked_add(SILENCE)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use secmon_channel::{Descriptor, Peer};
+
+    use super::*;
+
+    /// A client, and what its monitor's messages to the first request are made
+    /// of, sent until the client has enough.
+    fn against(message: Reply) -> Result<End, ClientError> {
+        let (left, right) = UnixStream::pair().expect("a pair");
+        let [client, monitor] = [(); 2].map(|()| KeyPair::generate().expect("a key"));
+        let peers = [Peer {
+            name: "client".into(),
+            key: client.public(),
+        }];
+        let key = monitor.public();
+        let monitor = std::thread::spawn(move || {
+            let stream: Arc<dyn Stream> = Arc::new(Descriptor::new(right).expect("a stream"));
+            let accepted = Session::accept(&stream, &monitor, &peers, ROLE, silence());
+            let (mut session, _) = accepted.expect("a session");
+            let _: Request = session.receive(silence()).expect("a request");
+            while session.send(&message, silence()).is_ok() {}
+        });
+        let stream: Arc<dyn Stream> = Arc::new(Descriptor::new(left).expect("a stream"));
+        let mut client = Client::connect(&stream, &client, &key, silence()).expect("a session");
+        let mut taken = 0;
+        let end = client.read("target", Place::Physical(0), 4, &mut |_| {
+            taken += 1;
+            ControlFlow::Break(())
+        });
+        drop((client, stream));
+        monitor.join().expect("no panic");
+        assert!(taken <= 1);
+        end
+    }
+
+    #[test]
+    fn a_monitor_that_sends_without_end_is_left() {
+        let (id, bytes) = (1, vec![0; 4]);
+        let address = 0;
+        let endless = [
+            Reply::Bytes { id, address, bytes },
+            Reply::Rows {
+                id,
+                rows: Vec::new(),
+            },
+            Reply::Diagnostics {
+                id,
+                entries: Vec::new(),
+            },
+        ];
+        for message in endless {
+            let end = against(message);
+            assert!(matches!(end, Err(ClientError::Unasked)), "{end:?}");
+        }
+    }
 }
