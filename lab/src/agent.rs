@@ -45,10 +45,16 @@ pub fn static_secmon() -> Result<PathBuf> {
         return Ok(path.clone());
     }
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/cli/Cargo.toml");
-    let profile = [("LTO", "off"), ("CODEGEN_UNITS", "16")];
-    let path = static_program(&manifest, "secmon", &profile)?;
+    let path = static_binary(&manifest, "secmon")?;
     *built = Some(path.clone());
     Ok(path)
+}
+
+/// A binary of the package in `manifest` as a static program, built as
+/// [`static_secmon`] is and beside it, so that both share what they depend on.
+pub fn static_binary(manifest: &Path, binary: &str) -> Result<PathBuf> {
+    let profile = [("LTO", "off"), ("CODEGEN_UNITS", "16")];
+    static_program(manifest, binary, &profile)
 }
 
 /// Builds a binary as a static program, in a folder of its own: a test runs
@@ -62,8 +68,8 @@ fn static_program(manifest: &Path, binary: &str, profile: &[(&str, &str)]) -> Re
         .filter(|path| path.is_absolute())
         .unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"))
         .join(match binary {
-            "secmon" => "secmon-static",
-            other => other,
+            "secmon-truth" => "secmon-truth",
+            _ => "secmon-static",
         });
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(&cargo);

@@ -40,14 +40,14 @@ mod truth_channel;
 pub use secmon_truth as truth;
 
 pub use acceleration::Acceleration;
-pub use agent::static_secmon;
+pub use agent::{static_binary, static_secmon};
 pub use builder::{Backing, GuestBuilder, Machine, Paging, Prepared, QmpAccess};
 pub use debug_image::debug_image;
 pub use emulator::Emulator;
 pub use guest::Guest;
 pub use image::{Truth, write_image};
 pub use kernel::Kernel;
-pub use monitor::{MONITOR_MEMORY_MIB, MonitorVm, appliance_image, build_appliance};
+pub use monitor::{MONITOR_MEMORY_MIB, MonitorVm, WatchedRam, appliance_image, build_appliance};
 pub use secmon_truth::{ByteString, Workload};
 pub use suite::Suite;
 pub use truth_channel::TruthChannel;

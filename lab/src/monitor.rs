@@ -73,6 +73,27 @@ pub fn build_appliance(suite: Suite, folder: &Path) -> Result<Image> {
     appliance::build(&source, &program, folder).context("building the appliance")
 }
 
+/// A file that a monitoring VM is shown as a target's RAM.
+#[derive(Debug, Clone)]
+pub struct WatchedRam {
+    /// The target's name.
+    pub name: String,
+    /// The file.
+    pub file: PathBuf,
+    /// Its length, a power of two.
+    pub bytes: u64,
+}
+
+impl WatchedRam {
+    fn of(guest: &Guest) -> Result<Self> {
+        Ok(Self {
+            name: guest.name().to_owned(),
+            file: guest.ram_file().context("the guest's RAM is in no file")?,
+            bytes: u64::from(guest.memory_mib()) << 20,
+        })
+    }
+}
+
 impl MonitorVm {
     /// Starts a monitoring VM with the memory of these guests, which must be
     /// in files; each is a target of its own name.
@@ -80,12 +101,30 @@ impl MonitorVm {
     /// # Errors
     /// If QEMU does not start.
     pub fn start(emulator: Emulator, image: &Image, guests: &[&Guest]) -> Result<Self> {
+        let targets: Vec<WatchedRam> = guests
+            .iter()
+            .map(|guest| WatchedRam::of(guest))
+            .collect::<Result<_>>()?;
+        Self::start_with(emulator, image, &targets, None)
+    }
+
+    /// Starts a monitoring VM with these files as its targets' RAM; its own RAM
+    /// is in the file `own`, if one is named, for another monitor to watch.
+    ///
+    /// # Errors
+    /// If QEMU does not start.
+    pub fn start_with(
+        emulator: Emulator,
+        image: &Image,
+        watched: &[WatchedRam],
+        own: Option<&Path>,
+    ) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let (client, monitor) = (KeyPair::generate()?, KeyPair::generate()?);
         let mut targets = Vec::new();
         let mut command = Command::new(emulator.program()?);
         command
-            .args(["-accel", "tcg", "-cpu", "max", "-machine", "q35"])
+            .args(["-accel", "tcg", "-cpu", "max"])
             .args(["-m", &MONITOR_MEMORY_MIB.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .arg("-serial")
@@ -104,20 +143,28 @@ impl MonitorVm {
             .arg(format!(
                 "virtserialport,chardev=channel,name={CHANNEL_PORT}"
             ));
-        for (index, guest) in guests.iter().enumerate() {
+        match own {
+            None => command.args(["-machine", "q35"]),
+            Some(file) => command
+                .args(["-machine", "q35,memory-backend=own", "-object"])
+                .arg(format!(
+                    "memory-backend-file,id=own,size={MONITOR_MEMORY_MIB}M,mem-path={},share=on",
+                    file.display()
+                )),
+        };
+        for (index, ram) in watched.iter().enumerate() {
             let slot = 0x10 + index;
-            let ram = guest.ram_file().context("the guest's RAM is in no file")?;
-            let size = u64::from(guest.memory_mib()) << 20;
+            let size = ram.bytes;
             command
                 .arg("-object")
                 .arg(format!(
                     "memory-backend-file,id=ram{index},size={size},mem-path={},share=on,readonly=on",
-                    ram.display()
+                    ram.file.display()
                 ))
                 .arg("-device")
                 .arg(format!("ivshmem-plain,memdev=ram{index},addr={slot:#x}"));
             targets.push(TargetConfiguration {
-                name: guest.name().to_owned(),
+                name: ram.name.clone(),
                 pci: Some(format!("0000:00:{slot:02x}.0").parse()?),
                 ram_size: Some(size),
                 layout: None,
