@@ -49,7 +49,7 @@ fn credentials_taken_from_another_process_show() -> Result<()> {
     let credentials = read("credentials")?;
     let (root, nobody) = (of_process(&credentials, 1)?, of_process(&credentials, pid)?);
     ensure!(number(nobody, "uid")? == 65534 && number(root, "uid")? == 0);
-    let alone = |pid: u64| Some(Value::List(vec![pid.into()]));
+    let alone = |pid: u64| Some(Value::from(vec![pid]));
     ensure!(nobody.get("pids") == alone(pid).as_ref(), "{nobody:?}");
     let tasks = number(root, "tasks")?;
 
@@ -74,7 +74,7 @@ fn credentials_taken_from_another_process_show() -> Result<()> {
 
     let credentials = read("credentials")?;
     let shared = of_process(&credentials, pid)?;
-    let both = Value::List(vec![Value::Unsigned(1), pid.into()]);
+    let both = Value::from(vec![1, pid]);
     ensure!(shared.get("pids") == Some(&both), "{shared:?}");
     ensure!(number(shared, "tasks")? == tasks + 1, "{shared:?}");
     ensure!(shared.get("address") == root.get("address"), "{shared:?}");

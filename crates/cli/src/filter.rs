@@ -294,7 +294,7 @@ mod tests {
         assert_eq!(verdict("comm=b c", vec!["a", "b c"]), Fits);
         assert_eq!(verdict("comm=true", true), Fits);
         assert_eq!(
-            verdict("comm>=2026-01", Value::Time(1_800_000_000_000_000_000)),
+            verdict("comm>=2026-01", Value::time(1_800_000_000_000_000_000)),
             Fits
         );
         assert_eq!(verdict("comm!=x", Value::unreadable("gone")), Unknown);

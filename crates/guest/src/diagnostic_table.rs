@@ -105,7 +105,7 @@ fn diagnostics(
                     table: table.name(),
                     subject: row,
                     address: address.map(secmon_memory::VirtualAddress::new),
-                    reason: reason.clone(),
+                    reason: reason.to_string(),
                 });
             }
             ControlFlow::Continue(())

@@ -23,7 +23,7 @@ pub use table::{
     Column, ColumnInfo, Cost, Kind, Request, Row, Selection, Shown, Table, TableError, TableOf,
 };
 pub use trust::TrustLevel;
-pub use value::{Text, Value};
+pub use value::{Text, Time, Value};
 
 /// All tables, in the order in which they are documented.
 pub fn tables() -> &'static [&'static dyn Table] {

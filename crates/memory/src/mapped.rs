@@ -137,6 +137,21 @@ impl MappedMemory {
             .read_u64((piece.offset + inside) as usize)
     }
 
+    /// Copies the bytes from `address` on if all of them are in one region;
+    /// false (and nothing copied) if they are not.
+    #[inline]
+    pub(crate) fn read_within(&self, address: PhysicalAddress, buffer: &mut [u8]) -> bool {
+        let Some(piece) = self.piece(address.as_u64()) else {
+            return false;
+        };
+        let inside = address.as_u64() - piece.start;
+        piece.length - inside >= buffer.len() as u64
+            && self
+                .mapping
+                .bytes()
+                .copy_to((piece.offset + inside) as usize, buffer)
+    }
+
     /// The bytes from `address` to the end of its region.
     pub fn bytes_from(&self, address: PhysicalAddress) -> Option<VolatileBytes<'_>> {
         let piece = self.piece(address.as_u64())?;

@@ -233,6 +233,19 @@ impl AddressSpace {
     /// holds nothing to be used.
     #[inline]
     pub fn read(&self, address: VirtualAddress, buffer: &mut [u8]) -> Result<(), ReadError> {
+        // Nearly all reads: in one page that was translated before.
+        if let (Some(mapped), Some(tlb)) = (&self.mapped, &self.tlb)
+            && let Some((physical, left)) = tlb.get(address)
+            && buffer.len() as u64 <= left
+            && mapped.read_within(physical, buffer)
+        {
+            return Ok(());
+        }
+        self.read_pages(address, buffer)
+    }
+
+    /// As [`read`](Self::read), page by page.
+    fn read_pages(&self, address: VirtualAddress, buffer: &mut [u8]) -> Result<(), ReadError> {
         let length = buffer.len() as u64;
         if length > 0 && address.as_u64().checked_add(length - 1).is_none() {
             return Err(ReadError::Wrap { address, length });

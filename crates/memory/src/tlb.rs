@@ -46,10 +46,18 @@ impl Slot {
 
 /// The cache of one address space.
 pub(crate) struct Tlb {
-    small: Box<[Slot]>,
-    large: Box<[Slot]>,
+    small: Box<[Slot; SMALL_SLOTS]>,
+    large: Box<[Slot; LARGE_SLOTS]>,
     /// What is remembered; all, if there are none.
     ranges: Box<[Range<VirtualAddress>]>,
+}
+
+/// Empty slots; boxed at once, as a debug build would make them on the stack.
+fn slots<const COUNT: usize>() -> Box<[Slot; COUNT]> {
+    let slots: Box<[Slot]> = std::iter::repeat_with(Slot::default).take(COUNT).collect();
+    slots
+        .try_into()
+        .unwrap_or_else(|_| Box::new(std::array::from_fn(|_| Slot::default())))
 }
 
 impl Tlb {
@@ -60,10 +68,9 @@ impl Tlb {
     /// A cache that remembers translations in these ranges alone; in all of
     /// the space if there are none.
     pub(crate) fn of_ranges(ranges: &[Range<VirtualAddress>]) -> Self {
-        let slots = |count| std::iter::repeat_with(Slot::default).take(count).collect();
         Self {
-            small: slots(SMALL_SLOTS),
-            large: slots(LARGE_SLOTS),
+            small: slots(),
+            large: slots(),
             ranges: ranges.into(),
         }
     }
@@ -72,15 +79,18 @@ impl Tlb {
     #[inline]
     pub(crate) fn get(&self, address: VirtualAddress) -> Option<(PhysicalAddress, u64)> {
         let address = address.as_u64();
-        for (slots, shift) in [(&self.large, LARGE_SHIFT), (&self.small, SMALL_SHIFT)] {
-            let tag = address >> shift;
-            if let Some(frame) = slots[tag as usize % slots.len()].get(tag) {
-                let size = 1 << shift;
-                let offset = address & (size - 1);
-                return Some((PhysicalAddress::new(frame | offset), size - offset));
-            }
+        let found = |frame, shift: u32| {
+            let size = 1_u64 << shift;
+            let offset = address & (size - 1);
+            (PhysicalAddress::new(frame | offset), size - offset)
+        };
+        let tag = address >> LARGE_SHIFT;
+        if let Some(frame) = self.large[tag as usize % LARGE_SLOTS].get(tag) {
+            return Some(found(frame, LARGE_SHIFT));
         }
-        None
+        let tag = address >> SMALL_SHIFT;
+        let frame = self.small[tag as usize % SMALL_SLOTS].get(tag)?;
+        Some(found(frame, SMALL_SHIFT))
     }
 
     /// Remembers a translation.
@@ -95,8 +105,8 @@ impl Tlb {
             return;
         }
         let (slots, shift) = match translation.page_size {
-            PageSize::Size4KiB => (&self.small, SMALL_SHIFT),
-            PageSize::Size2MiB | PageSize::Size1GiB => (&self.large, LARGE_SHIFT),
+            PageSize::Size4KiB => (&self.small[..], SMALL_SHIFT),
+            PageSize::Size2MiB | PageSize::Size1GiB => (&self.large[..], LARGE_SHIFT),
         };
         let tag = address.as_u64() >> shift;
         let frame = translation.physical.as_u64() & !((1 << shift) - 1);

@@ -98,7 +98,7 @@ fn row(said: &Said<'_>, tasks: u64) -> ExpectedRow {
         ),
         (
             "pids",
-            Expected::Exactly(Value::List(vec![Value::Signed(said.pid.into())])),
+            Expected::Exactly(Value::List(Box::new([Value::Signed(said.pid.into())]))),
         ),
         ("tasks", Expected::exactly(tasks)),
         // Two for each task; files that it opened hold more.

@@ -118,5 +118,5 @@ fn flags(flags: u32) -> Value {
     if left != 0 {
         list.push(format!("{left:#x}").into());
     }
-    Value::List(list)
+    Value::from(list)
 }

@@ -172,7 +172,7 @@ fn fact(name: &str, info: &Info) -> Expected {
 
 fn own(name: &str, info: &Info) -> Expected {
     let [_, host, release, version, machine] = &info.uname;
-    let time = |nanoseconds: i128| Value::Time(nanoseconds).to_string();
+    let time = |nanoseconds: i128| Value::time(nanoseconds).to_string();
     match name {
         // Ubuntu's kernels have their package's version behind it, which
         // /proc/version leaves out.

@@ -155,7 +155,7 @@ fn expected(process: &Process, truth: &Truth) -> ExpectedRow {
     let info = &truth.info;
     let asks = process.pid == info.agent_pid;
     let kernel_thread = process.kernel_thread;
-    let list = |values: Vec<Value>| Expected::Exactly(Value::List(values));
+    let list = |values: Vec<Value>| Expected::Exactly(values.into());
     let text = |value: &str| Expected::Exactly(value.into());
     let namespace = |kind: &str| {
         let inode = process.namespaces.get(kind).copied();

@@ -86,7 +86,7 @@ impl serde::Serialize for Reasons<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let reasons = self.0.iter().zip(self.1);
         serializer.collect_map(reasons.filter_map(|(column, value)| match value {
-            Value::Unreadable(reason) => Some((column.name, reason)),
+            Value::Unreadable(reason) => Some((column.name, &**reason)),
             _ => None,
         }))
     }

@@ -353,7 +353,7 @@ mod tests {
     fn list_items_stay_apart() {
         let mut text = String::new();
         let items = ["sh", "-c", "a b", "", "it's"].map(Value::from);
-        push_value(&mut text, &Value::List(items.to_vec()));
+        push_value(&mut text, &Value::List(items.into()));
         assert_eq!(text, r"sh -c 'a b' '' 'it'\''s'");
     }
 

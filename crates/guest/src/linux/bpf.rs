@@ -464,7 +464,7 @@ fn load_time(guest: &Guest, loaded: &Loaded) -> Result<Value, ValueError> {
     };
     let since_boot = guest.number(aux, &guest.layout::<ProgramAuxLayout>(TABLE)?.load_time)?;
     match &loaded.context.clock {
-        Ok(clock) => Ok(Value::Time(clock.of_boot_time(since_boot))),
+        Ok(clock) => Ok(Value::time(clock.of_boot_time(since_boot))),
         Err(reason) => Err(ValueError::Clock(reason.clone())),
     }
 }

@@ -240,7 +240,7 @@ impl Groups {
     /// The supplementary group ids of `cred`, as a list.
     pub fn of(&self, guest: &Guest, cred: &Cred) -> Value {
         if cred.groups.is_null() {
-            return Value::List(Vec::new());
+            return Value::List(Box::default());
         }
         Value::from_read(read_groups(guest, &self.layout, cred.groups), Value::from)
     }
@@ -271,7 +271,7 @@ fn read_groups(
 /// Capabilities without a name are numbers.
 pub fn capability_names(set: u64, full: u64) -> Value {
     if set != 0 && set & OLDEST_SET == OLDEST_SET && set & full == full {
-        return Value::List(vec![Value::word("all")]);
+        return Value::List(Box::new([Value::word("all")]));
     }
     let names = (0..64).filter(|number| set >> number & 1 == 1);
     let names = names.map(|number: usize| match CAPABILITIES.get(number) {
@@ -310,14 +310,18 @@ mod tests {
     #[test]
     fn names_of_capabilities() {
         let full = (1 << 41) - 1;
-        let all = Value::List(vec!["all".into()]);
+        let all = Value::List(Box::new(["all".into()]));
         assert_eq!(capability_names(full, full), all);
         assert_eq!(capability_names(OLDEST_SET, OLDEST_SET), all);
         assert_ne!(capability_names(OLDEST_SET, full), all);
-        assert_eq!(capability_names(0, full), Value::List(vec![]));
+        assert_eq!(capability_names(0, full), Value::List(Box::default()));
         assert_eq!(
             capability_names(1 << 21 | 1 << 12 | 1 << 63, full),
-            Value::List(vec!["net_admin".into(), "sys_admin".into(), "63".into()])
+            Value::List(Box::new([
+                "net_admin".into(),
+                "sys_admin".into(),
+                "63".into()
+            ]))
         );
     }
 

@@ -434,7 +434,7 @@ impl Process {
     /// The command line, as it stands in the process's own memory.
     pub fn arguments(&self, guest: &Guest) -> Value {
         if self.task.mm.is_null() || self.task.is_kernel_thread() {
-            return Value::List(Vec::new());
+            return Value::List(Box::default());
         }
         let found = user::arguments(guest, self.task.mm);
         Value::from_read(self.if_still(guest, Ok(found)), |found| found)

@@ -87,7 +87,7 @@ pub static PROCESSES: TableOf<Process> = TableOf {
             |_, process| {
                 let started = process.task.number(&layout(process).start_boottime);
                 let clock = process.listing.clock.as_ref();
-                Value::from_read(clock, |clock| Value::Time(clock.of_boot_time(started)))
+                Value::from_read(clock, |clock| Value::time(clock.of_boot_time(started)))
             },
         ),
         column(

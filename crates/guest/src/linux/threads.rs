@@ -106,7 +106,7 @@ pub static THREADS: TableOf<Process> = TableOf {
             |_, thread| {
                 let started = thread.task.number(&layout(thread).start_boottime);
                 let clock = thread.listing.clock.as_ref();
-                Value::from_read(clock, |clock| Value::Time(clock.of_boot_time(started)))
+                Value::from_read(clock, |clock| Value::time(clock.of_boot_time(started)))
             },
         ),
         column(

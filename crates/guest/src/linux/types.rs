@@ -124,7 +124,7 @@ fn members(named: &NamedType) -> Value {
                 .collect::<Vec<_>>()
                 .into()
         }),
-        TypeKind::Integer | TypeKind::Float | TypeKind::Typedef => Value::List(Vec::new()),
+        TypeKind::Integer | TypeKind::Float | TypeKind::Typedef => Value::List(Box::default()),
     }
 }
 

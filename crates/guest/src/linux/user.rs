@@ -348,7 +348,7 @@ impl From<Strings> for Value {
                     return Self::unreadable(error);
                 }
                 let excerpt: String = text.chars().take(EXCERPT).collect();
-                Self::Unreadable(format!("{error}; before that: {excerpt}"))
+                Self::unreadable(format_args!("{error}; before that: {excerpt}"))
             }
         }
     }

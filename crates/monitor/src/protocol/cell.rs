@@ -44,8 +44,8 @@ impl From<&Value> for Scalar {
             Value::Signed(value) => Self::Signed(*value),
             Value::Address(value) => Self::Address(*value),
             Value::Text(text) => Self::Text(text.as_bytes().to_vec()),
-            Value::Time(value) => Self::Time(*value),
-            Value::Unreadable(reason) => Self::Unreadable(reason.clone()),
+            Value::Time(value) => Self::Time(value.nanoseconds()),
+            Value::Unreadable(reason) => Self::Unreadable(reason.to_string()),
             Value::List(_) => Self::Text(value.to_string().into_bytes()),
         }
     }
@@ -69,8 +69,8 @@ impl From<Scalar> for Value {
             Scalar::Signed(value) => Self::Signed(value),
             Scalar::Address(value) => Self::Address(value),
             Scalar::Text(bytes) => Self::text(bytes),
-            Scalar::Time(value) => Self::Time(value),
-            Scalar::Unreadable(reason) => Self::Unreadable(reason),
+            Scalar::Time(value) => Self::time(value),
+            Scalar::Unreadable(reason) => Self::Unreadable(reason.into()),
         }
     }
 }
@@ -98,12 +98,12 @@ mod tests {
             any::<i64>().prop_map(Value::Signed),
             any::<u64>().prop_map(Value::Address),
             proptest::collection::vec(any::<u8>(), 0..20).prop_map(Value::text),
-            any::<i128>().prop_map(Value::Time),
-            "\\PC{0,10}".prop_map(Value::Unreadable),
+            any::<i128>().prop_map(Value::time),
+            "\\PC{0,10}".prop_map(Value::unreadable),
         ];
         prop_oneof![
             scalar.clone(),
-            proptest::collection::vec(scalar, 0..5).prop_map(Value::List),
+            proptest::collection::vec(scalar, 0..5).prop_map(Value::from),
         ]
     }
 

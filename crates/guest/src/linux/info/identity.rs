@@ -4,7 +4,7 @@ use super::{Fact, FactError, TABLE, enumerator, symbol, text_at, variable};
 use crate::linux::clock::Clock;
 use crate::linux::per_cpu::PerCpu;
 use crate::linux::taint::{taint_letters, taint_meanings};
-use crate::{Guest, layout, value};
+use crate::{Guest, Time, layout, value};
 
 /// Bytes of each name in `new_utsname` (`__NEW_UTS_LEN` and its zero byte).
 const NAME_BYTES: usize = 65;
@@ -89,12 +89,20 @@ pub(super) const FACTS: &[Fact] = &[
     Fact {
         name: "boot_time",
         meaning: "When the kernel was started, by its own clock (UTC).",
-        value: |guest| Ok(Some(value::format_time(clock(guest)?.booted()))),
+        value: |guest| {
+            Ok(Some(value::format_time(Time::from_nanoseconds(
+                clock(guest)?.booted(),
+            ))))
+        },
     },
     Fact {
         name: "time",
         meaning: "The kernel's time at its last update (UTC).",
-        value: |guest| Ok(Some(value::format_time(clock(guest)?.now))),
+        value: |guest| {
+            Ok(Some(value::format_time(Time::from_nanoseconds(
+                clock(guest)?.now,
+            ))))
+        },
     },
     Fact {
         name: "uptime",

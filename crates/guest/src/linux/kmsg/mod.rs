@@ -69,7 +69,7 @@ pub static KMSG: TableOf<Message> = TableOf {
             meaning: "The same as wall-clock time. The log's clock and the wall clock drift \
                       apart by up to some milliseconds an hour.",
             value: |_, message| match message.clock.as_ref() {
-                Ok(clock) => Value::Time(clock.of_monotonic(message.record.nanoseconds)),
+                Ok(clock) => Value::time(clock.of_monotonic(message.record.nanoseconds)),
                 Err(reason) => Value::unreadable(reason),
             },
         },
