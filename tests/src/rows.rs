@@ -63,7 +63,10 @@ pub fn read_table(guest: &Guest, name: &str, selection: Selection) -> Result<Vec
     };
     table
         .read(guest, &request, &mut |row| {
-            let cells = columns.iter().map(|column| column.name).zip(row.values);
+            let cells = columns
+                .iter()
+                .map(|column| column.name)
+                .zip(row.values.drain(..));
             rows.push(cells.collect());
             ControlFlow::Continue(())
         })

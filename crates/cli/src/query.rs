@@ -4,7 +4,7 @@ use std::io;
 use std::ops::ControlFlow;
 
 use anyhow::{Result, bail};
-use secmon_guest::{Guest, Request, Row, Selection, Table, Value};
+use secmon_guest::{Guest, Request, RowSink, Selection, Table, Value};
 
 use crate::arguments::{Format, RowOptions};
 use crate::columns;
@@ -37,8 +37,7 @@ pub struct Outcome {
 }
 
 /// Gives the rows of a request to a sink until it breaks.
-pub type Source<'a> =
-    dyn FnMut(&Request, &mut dyn FnMut(Row) -> ControlFlow<()>) -> Result<()> + 'a;
+pub type Source<'a> = dyn FnMut(&Request, &mut RowSink<'_>) -> Result<()> + 'a;
 
 impl Query {
     /// Checks the options against the table's columns.
@@ -101,7 +100,7 @@ impl Query {
     /// Those of the output. What is wrong with the guest is in the outcome:
     /// the rows before it are written.
     pub fn run(&self, guest: &Guest, out: impl io::Write, style: Style) -> io::Result<Outcome> {
-        let mut read = |request: &Request, sink: &mut dyn FnMut(Row) -> ControlFlow<()>| {
+        let mut read = |request: &Request, sink: &mut RowSink<'_>| {
             Ok(self.table.read(guest, request, sink)?)
         };
         self.run_from(&mut read, out, style)
@@ -151,7 +150,7 @@ impl Query {
                     }
                 }
                 if self.order.is_some() {
-                    held.push(row.values);
+                    held.push(std::mem::take(&mut row.values));
                     return ControlFlow::Continue(());
                 }
                 failed = rows.row(row.values.get(..self.shown).unwrap_or(&row.values));

@@ -14,6 +14,8 @@ use crate::{Diagnostics, Layout, TableError};
 pub struct Guest {
     kernel: Kernel,
     layouts: RwLock<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>,
+    /// Addresses of the symbols that were asked for.
+    addresses: RwLock<HashMap<&'static str, Option<VirtualAddress>>>,
     diagnostics: Diagnostics,
 }
 
@@ -25,6 +27,7 @@ impl Guest {
         Self {
             kernel,
             layouts: RwLock::default(),
+            addresses: RwLock::default(),
             diagnostics: Diagnostics::default(),
         }
     }
@@ -69,9 +72,22 @@ impl Guest {
         table: &'static str,
         symbol: &'static str,
     ) -> Result<VirtualAddress, TableError> {
-        self.symbols()
-            .address(symbol)
+        self.address(symbol)
             .ok_or(TableError::Symbol { table, symbol })
+    }
+
+    /// The address of the first kernel symbol of that name, looked up once per
+    /// guest.
+    pub fn address(&self, symbol: &'static str) -> Option<VirtualAddress> {
+        let known = self.addresses.read().ok();
+        if let Some(known) = known.and_then(|map| map.get(symbol).copied()) {
+            return known;
+        }
+        let address = self.symbols().address(symbol);
+        if let Ok(mut map) = self.addresses.write() {
+            map.insert(symbol, address);
+        }
+        address
     }
 
     /// A layout, resolved once per guest.

@@ -20,7 +20,8 @@ pub use diagnostics::{Diagnostic, Diagnostics};
 pub use guest::{Guest, extract};
 pub use layout::{Layout, member_of};
 pub use table::{
-    Column, ColumnInfo, Cost, Kind, Request, Row, Selection, Shown, Table, TableError, TableOf,
+    Column, ColumnInfo, Cost, Kind, Request, Row, RowSink, Selection, Shown, Table, TableError,
+    TableOf,
 };
 pub use trust::TrustLevel;
 pub use value::{Text, Time, Value};

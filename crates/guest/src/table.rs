@@ -110,7 +110,7 @@ pub struct Request {
 }
 
 /// One row: a value for each column of the request, in its order.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Row {
     /// The values.
     pub values: Vec<Value>,
@@ -165,7 +165,8 @@ pub trait Table: Sync {
     fn meaning(&self) -> &'static str;
     /// Its columns.
     fn columns(&self) -> Vec<ColumnInfo>;
-    /// Walks the guest and gives each row to `sink` until it breaks.
+    /// Walks the guest and gives each row to `sink` until it breaks. The sink
+    /// may take the values out of it; the next row is made in the same memory.
     ///
     /// What could not be read is in the rows as [`Value::Unreadable`]; a list
     /// that ended early is in the guest's [`diagnostics`](Guest::diagnostics).
@@ -176,9 +177,12 @@ pub trait Table: Sync {
         &self,
         guest: &Guest,
         request: &Request,
-        sink: &mut dyn FnMut(Row) -> ControlFlow<()>,
+        sink: &mut RowSink<'_>,
     ) -> Result<(), TableError>;
 }
+
+/// Where a table hands its rows.
+pub type RowSink<'s> = dyn FnMut(&mut Row) -> ControlFlow<()> + 's;
 
 /// Where a table hands its items.
 pub type Items<'s, R> = dyn FnMut(R) -> ControlFlow<()> + 's;
@@ -226,7 +230,7 @@ impl<R: 'static> Table for TableOf<R> {
         &self,
         guest: &Guest,
         request: &Request,
-        sink: &mut dyn FnMut(Row) -> ControlFlow<()>,
+        sink: &mut RowSink<'_>,
     ) -> Result<(), TableError> {
         let columns: Vec<&Column<R>> = match &request.columns {
             None => self.columns.iter().collect(),
@@ -239,12 +243,36 @@ impl<R: 'static> Table for TableOf<R> {
             user_pages: columns.iter().any(|column| column.cost == Cost::UserPages),
             ..request.selection.clone()
         };
+        let mut row = Row::default();
         (self.items)(guest, &selection, &mut |item| {
-            let values = columns
-                .iter()
-                .map(|column| (column.value)(guest, &item))
-                .collect();
-            sink(Row { values })
+            make_row(guest, &columns, &item, &mut row);
+            sink(&mut row)
         })
     }
+}
+
+/// Makes the row of an item in the place of another one.
+#[inline]
+fn make_row<R>(guest: &Guest, columns: &[&Column<R>], item: &R, row: &mut Row) {
+    let values = &mut row.values;
+    values.clear();
+    values.reserve_exact(columns.len());
+    // A value that is moved as soon as it was made is loaded while its parts
+    // are still being stored, for which the processor waits. Of several that
+    // are moved together, only the last one is.
+    let (blocks, rest) = columns.as_chunks::<8>();
+    for block in blocks {
+        let value = |index: usize| (block[index].value)(guest, item);
+        let (first, second, third, fourth) = (value(0), value(1), value(2), value(3));
+        let (fifth, sixth, seventh, eighth) = (value(4), value(5), value(6), value(7));
+        values.push(first);
+        values.push(second);
+        values.push(third);
+        values.push(fourth);
+        values.push(fifth);
+        values.push(sixth);
+        values.push(seventh);
+        values.push(eighth);
+    }
+    values.extend(rest.iter().map(|column| (column.value)(guest, item)));
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use secmon_gate::protocol::TargetState as RunState;
-use secmon_guest::{ColumnInfo, Kind, Request, Row, Table, TrustLevel, Value};
+use secmon_guest::{ColumnInfo, Kind, Request, Row, RowSink, Table, TrustLevel, Value};
 use secmon_memory::TableLevel;
 use secmon_monitor::launch;
 use secmon_monitor::launch::connect::{Connection, connect};
@@ -227,7 +227,7 @@ impl Target {
         reporter: Reporter,
     ) -> Result<()> {
         let mut told = Told::default();
-        let mut source = |request: &Request, sink: &mut dyn FnMut(Row) -> ControlFlow<()>| {
+        let mut source = |request: &Request, sink: &mut RowSink<'_>| {
             self.rows(table, request, query.enough(), sink, &mut told)
         };
         let started = Instant::now();
@@ -246,7 +246,7 @@ impl Target {
         table: &'static dyn Table,
         request: &Request,
         limit: Option<u64>,
-        sink: &mut dyn FnMut(Row) -> ControlFlow<()>,
+        sink: &mut RowSink<'_>,
         told: &mut Told,
     ) -> Result<()> {
         let known = table.columns();
@@ -280,7 +280,7 @@ impl Target {
                             return ControlFlow::Break(());
                         }
                         let values = cells.into_iter().map(Value::from).collect();
-                        sink(Row { values })?;
+                        sink(&mut Row { values })?;
                     }
                 }
                 Answer::Diagnostics(entries) => note(told, &entries),

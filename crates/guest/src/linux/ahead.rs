@@ -42,7 +42,7 @@ impl Drop for Stop<'_> {
 fn touch(guest: &Guest, listing: &Listing, stop: &AtomicBool) {
     let space = guest.space();
     let tasks = listing.task.layout.tasks.offset;
-    let Some(init) = guest.symbols().address("init_task") else {
+    let Some(init) = guest.address("init_task") else {
         return;
     };
     let head = init.wrapping_add(tasks);

@@ -641,7 +641,7 @@ fn items(
     });
     for (object, symbol) in kinds {
         // Links came later than the others.
-        let Some(idr) = guest.symbols().address(symbol) else {
+        let Some(idr) = guest.address(symbol) else {
             continue;
         };
         let walk = xarray::idr_entries(guest, TABLE, idr, MOST_OBJECTS)?;

@@ -85,7 +85,7 @@ impl Clock {
     pub fn read(guest: &Guest, table: &'static str) -> Result<Self, ClockError> {
         let layout = guest.layout::<TimekeeperLayout>(table)?;
         // One for each clock, the core's first, from Linux 6.17 on.
-        let counter = match guest.symbols().address("timekeeper_data") {
+        let counter = match guest.address("timekeeper_data") {
             Some(address) => address,
             None => guest.symbol(table, "tk_core")?,
         };

@@ -242,7 +242,7 @@ impl Groups {
         if cred.groups.is_null() {
             return Value::List(Box::default());
         }
-        Value::from_read(read_groups(guest, &self.layout, cred.groups), Value::from)
+        Value::from_read(read_groups(guest, &self.layout, cred.groups), Value::List)
     }
 }
 
@@ -250,12 +250,15 @@ fn read_groups(
     guest: &Guest,
     layout: &GroupLayout,
     groups: VirtualAddress,
-) -> Result<Vec<u32>, String> {
+) -> Result<Box<[Value]>, String> {
     let count = guest
         .number(groups, &layout.count)
         .map_err(|error| error.to_string())? as u32;
     if count > MOST_GROUPS {
         return Err(format!("group_info at {groups} counts {count} groups"));
+    }
+    if count == 0 {
+        return Ok(Box::default());
     }
     let mut bytes = vec![0; count as usize * 4];
     guest
@@ -263,7 +266,8 @@ fn read_groups(
         .read(groups.wrapping_add(layout.list.offset), &mut bytes)
         .map_err(|error| error.to_string())?;
     let (ids, _) = bytes.as_chunks();
-    Ok(ids.iter().map(|id| u32::from_le_bytes(*id)).collect())
+    let ids = ids.iter().map(|id| u32::from_le_bytes(*id).into());
+    Ok(ids.collect())
 }
 
 /// A capability set as the names of what is in it, or `all` if nothing that
@@ -272,6 +276,9 @@ fn read_groups(
 pub fn capability_names(set: u64, full: u64) -> Value {
     if set != 0 && set & OLDEST_SET == OLDEST_SET && set & full == full {
         return Value::List(Box::new([Value::word("all")]));
+    }
+    if set == 0 {
+        return Value::List(Box::default());
     }
     let names = (0..64).filter(|number| set >> number & 1 == 1);
     let names = names.map(|number: usize| match CAPABILITIES.get(number) {

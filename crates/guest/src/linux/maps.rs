@@ -266,7 +266,7 @@ fn items(
     selection: &Selection,
     sink: &mut Items<'_, Mapping>,
 ) -> Result<(), TableError> {
-    let symbol = |name| guest.symbols().address(name);
+    let symbol = |name| guest.address(name);
     let reader = Reader {
         guest,
         model: AreaModel::new(guest, TABLE)?,

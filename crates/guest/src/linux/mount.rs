@@ -345,7 +345,7 @@ impl MountModel {
         };
         let id_mapped = match (&layout.idmap, &layout.user_namespace) {
             (Some(idmap), _) => {
-                let none = guest.symbols().address("nop_mnt_idmap");
+                let none = guest.address("nop_mnt_idmap");
                 none.is_some_and(|none| copied.pointer(idmap) != none)
             }
             (None, Some(mapped)) => {

@@ -349,7 +349,7 @@ impl Namespaces {
             .map_err(|error| error.to_string())?;
         let kind = Kind::ALL
             .into_iter()
-            .find(|kind| guest.symbols().address(kind.operations()) == Some(operations))
+            .find(|kind| guest.address(kind.operations()) == Some(operations))
             .ok_or_else(|| format!("the operations at {operations} are of no kind of namespace"))?;
         let places = self
             .places(kind)

@@ -101,11 +101,11 @@ impl Owners {
         table: &'static str,
         behind: Behind,
         first: &'static str,
-        others: &[&str],
+        others: &[&'static str],
     ) -> Result<Self, TableError> {
         let mut operations = vec![guest.symbol(table, first)?];
         let others = others.iter();
-        operations.extend(others.filter_map(|name| guest.symbols().address(name)));
+        operations.extend(others.filter_map(|name| guest.address(name)));
         let reader = Reader {
             guest,
             table,

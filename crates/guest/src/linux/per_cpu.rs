@@ -35,7 +35,7 @@ impl PerCpu {
         let space = guest.space();
         let table_address = guest.symbol(table, "__per_cpu_offset")?;
         // A kernel for one CPU only has it as a constant, not a variable.
-        let count = match guest.symbols().address("nr_cpu_ids") {
+        let count = match guest.address("nr_cpu_ids") {
             Some(address) => space.read_u32(address).map_err(error("nr_cpu_ids"))?,
             None => 1,
         };

@@ -6,7 +6,7 @@
 //! taken once is also one version of the truth: what is validated is what is
 //! used.
 
-use std::sync::{Arc, Mutex};
+use std::cell::RefCell;
 
 use secmon_memory::{AddressSpace, ReadError, VirtualAddress};
 use secmon_profile::Member;
@@ -21,13 +21,16 @@ const LONGEST_MEMBER: u64 = 512;
 /// structure is that long.
 const LARGEST_OFFSET: u64 = 1 << 20;
 /// Copies that are no longer are made without an allocation.
-const INLINE: usize = 1024;
-/// Memory for copies.
-type Spare = Arc<Mutex<Vec<Box<[u8]>>>>;
+const INLINE: usize = 256;
+
+thread_local! {
+    /// Memory of copies that are not needed any more, for the next ones.
+    static SPARE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
+}
 
 /// How many copies' memory is kept for the next ones: a listing drops each row
 /// before it makes the next.
-const SPARE: usize = 8;
+const MOST_SPARE: usize = 8;
 /// Runs start and end at multiples of this many bytes.
 const SLOT: u64 = 8;
 
@@ -46,8 +49,6 @@ pub struct Spans {
     /// For each 8 bytes of the structure, one more than the number of the 8
     /// bytes of the copy where they are; 0 if they are not copied.
     slots: Vec<u32>,
-    /// Memory of copies that are not needed any more.
-    spare: Spare,
 }
 
 impl Spans {
@@ -92,10 +93,14 @@ impl Spans {
     /// # Errors
     /// [`ReadError`] for the first run that can't be read.
     pub fn read(&self, space: &AddressSpace, base: VirtualAddress) -> Result<Snapshot, ReadError> {
-        let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
+        let spare = SPARE.try_with(|spare| {
+            let mut spare = spare.try_borrow_mut().ok()?;
+            let fits = spare.iter().rposition(|bytes| bytes.len() == self.size);
+            fits.map(|index| spare.swap_remove(index))
+        });
+        let bytes = spare.ok().flatten();
         let mut snapshot = Snapshot {
-            bytes: spare.unwrap_or_else(|| vec![0; self.size].into()),
-            spare: Some(self.spare.clone()),
+            bytes: bytes.unwrap_or_else(|| vec![0; self.size].into()),
         };
         self.fill(space, base, &mut snapshot.bytes)?;
         Ok(snapshot)
@@ -113,12 +118,12 @@ impl Spans {
         parse: impl FnOnce(&Self, &[u8]) -> T,
     ) -> Result<T, ReadError> {
         let mut inline = [0; INLINE];
-        let Some(bytes) = inline.get_mut(..self.size) else {
-            let copy = self.read(space, base)?;
-            return Ok(parse(self, &copy.bytes));
-        };
-        self.fill(space, base, bytes)?;
-        Ok(parse(self, bytes))
+        if let Some(bytes) = inline.get_mut(..self.size) {
+            self.fill(space, base, bytes)?;
+            return Ok(parse(self, bytes));
+        }
+        let copy = self.read(space, base)?;
+        Ok(parse(self, &copy.bytes))
     }
 
     fn fill(
@@ -143,20 +148,22 @@ impl Spans {
     where
         C: AsRef<[u8]> + ?Sized,
     {
-        let slot = |offset: u64| {
-            let slot = *self.slots.get(usize::try_from(offset / SLOT).ok()?)?;
-            u64::from(slot).checked_sub(1)
-        };
-        let start = slot(offset)?;
+        let start = self.place(offset)?;
         let inside = offset % SLOT;
         if inside + size > SLOT {
             let last = offset.checked_add(size.checked_sub(1)?)?;
-            if slot(last)?.wrapping_sub(start) != last / SLOT - offset / SLOT {
+            if self.place(last)?.wrapping_sub(start) != last - offset {
                 return None;
             }
         }
-        let start = (start * SLOT + inside) as usize;
-        copy.as_ref().get(start..start + size as usize)
+        copy.as_ref().get(start as usize..)?.get(..size as usize)
+    }
+
+    /// Where the byte at `offset` of the structure is in the copy.
+    #[inline(always)]
+    fn place(&self, offset: u64) -> Option<u64> {
+        let slot = *self.slots.get((offset / SLOT) as usize)?;
+        Some(u64::from(slot.checked_sub(1)?) * SLOT + offset % SLOT)
     }
 
     /// The member's bytes.
@@ -172,36 +179,43 @@ impl Spans {
     /// reads it; 0 if it was not copied.
     #[inline]
     pub fn number<C: AsRef<[u8]> + ?Sized>(&self, copy: &C, member: &Member) -> u64 {
-        match (member.bit_size, member.size) {
-            (0, 8) => self.word(copy, member.offset),
-            (0, 4) => {
-                let bytes = self.bytes(copy, member.offset, 4);
-                let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
-                let value = bytes.map_or(0, u32::from_le_bytes);
-                if member.signed {
-                    i64::from(value as i32) as u64
-                } else {
-                    value.into()
-                }
-            }
-            _ => {
-                let bytes = self.bytes(copy, member.offset, member.size.clamp(1, 8));
-                let mut raw = [0; 8];
-                let bytes = bytes.unwrap_or_default();
-                for (to, from) in raw.iter_mut().zip(bytes) {
-                    *to = *from;
-                }
-                extract(member, u64::from_le_bytes(raw))
-            }
+        // A run covers whole slots, so what does not cross one is in one run.
+        let inside = member.offset % SLOT;
+        if member.bit_size == 0 && inside + member.size <= SLOT && matches!(member.size, 4 | 8) {
+            let word = self.word(copy, member.offset - inside) >> (inside * 8);
+            return match (member.size, member.signed) {
+                (8, _) => word,
+                (_, false) => u64::from(word as u32),
+                (_, true) => i64::from(word as i32) as u64,
+            };
         }
+        self.any_number(copy.as_ref(), member)
+    }
+
+    #[cold]
+    fn any_number(&self, copy: &[u8], member: &Member) -> u64 {
+        let bytes = self.bytes(copy, member.offset, member.size.clamp(1, 8));
+        let mut raw = [0; 8];
+        let bytes = bytes.unwrap_or_default();
+        for (to, from) in raw.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        extract(member, u64::from_le_bytes(raw))
     }
 
     /// The 8 bytes at `offset` as a number; 0 if they were not copied.
     #[inline]
     pub fn word<C: AsRef<[u8]> + ?Sized>(&self, copy: &C, offset: u64) -> u64 {
-        self.bytes(copy, offset, 8)
-            .and_then(|bytes| bytes.try_into().ok())
-            .map_or(0, u64::from_le_bytes)
+        if !offset.is_multiple_of(SLOT) {
+            let bytes = self.bytes(copy, offset, 8);
+            let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
+            return bytes.map_or(0, u64::from_le_bytes);
+        }
+        let copied = self.place(offset).and_then(|start| {
+            let bytes = copy.as_ref().get(start as usize..)?;
+            bytes.first_chunk().copied()
+        });
+        copied.map_or(0, u64::from_le_bytes)
     }
 
     /// The member as a pointer; null if it was not copied.
@@ -212,37 +226,22 @@ impl Spans {
 }
 
 /// The bytes of one structure that [`Spans::read`] copied.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     bytes: Box<[u8]>,
-    /// Where the memory goes afterwards.
-    spare: Option<Spare>,
 }
-
-impl Clone for Snapshot {
-    fn clone(&self) -> Self {
-        Self {
-            bytes: self.bytes.clone(),
-            spare: None,
-        }
-    }
-}
-
-impl PartialEq for Snapshot {
-    fn eq(&self, other: &Self) -> bool {
-        self.bytes == other.bytes
-    }
-}
-
-impl Eq for Snapshot {}
 
 impl Drop for Snapshot {
     fn drop(&mut self) {
-        if let Some(mut spare) = self.spare.as_ref().and_then(|spare| spare.lock().ok())
-            && spare.len() < SPARE
-        {
-            spare.push(std::mem::take(&mut self.bytes));
-        }
+        let bytes = std::mem::take(&mut self.bytes);
+        // What is not kept is freed, also while the thread ends.
+        let _ = SPARE.try_with(|spare| {
+            if let Ok(mut spare) = spare.try_borrow_mut()
+                && spare.len() < MOST_SPARE
+            {
+                spare.push(bytes);
+            }
+        });
     }
 }
 
@@ -273,7 +272,6 @@ mod tests {
     fn copy(bytes: Vec<u8>) -> Snapshot {
         Snapshot {
             bytes: bytes.into(),
-            spare: None,
         }
     }
 

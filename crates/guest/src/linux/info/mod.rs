@@ -119,12 +119,12 @@ fn items(
 }
 
 /// The address of a symbol; a fact about one that is not there is null.
-fn symbol(guest: &Guest, name: &str) -> Option<VirtualAddress> {
-    guest.symbols().address(name)
+fn symbol(guest: &Guest, name: &'static str) -> Option<VirtualAddress> {
+    guest.address(name)
 }
 
 /// A 4-byte variable of the kernel.
-fn variable(guest: &Guest, name: &str) -> Result<Option<i32>, FactError> {
+fn variable(guest: &Guest, name: &'static str) -> Result<Option<i32>, FactError> {
     symbol(guest, name)
         .map(|address| guest.space().read_u32(address).map(|value| value as i32))
         .transpose()
@@ -132,7 +132,7 @@ fn variable(guest: &Guest, name: &str) -> Result<Option<i32>, FactError> {
 }
 
 /// A 4-byte variable of the kernel, in decimal.
-fn decimal(guest: &Guest, name: &str) -> Result<Option<String>, FactError> {
+fn decimal(guest: &Guest, name: &'static str) -> Result<Option<String>, FactError> {
     Ok(variable(guest, name)?.map(|value| value.to_string()))
 }
 

@@ -439,7 +439,7 @@ fn first_bug(guest: &Guest) -> Result<Option<u64>, FactError> {
 
 fn mitigation_state(
     guest: &Guest,
-    symbol: &str,
+    symbol: &'static str,
     enumeration: &str,
     bug: &str,
 ) -> Result<Option<String>, FactError> {

@@ -201,7 +201,7 @@ fn items(
             clock: clock.clone(),
         }) == ControlFlow::Continue(())
     };
-    match guest.symbols().address("prb") {
+    match guest.address("prb") {
         Some(pointer) => ring_records(guest, pointer, &mut give),
         None => log_records(guest, &mut give),
     }

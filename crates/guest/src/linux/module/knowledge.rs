@@ -167,7 +167,7 @@ pub fn types_of(
     module: &Module,
 ) -> Result<Option<Types>, KnowledgeError> {
     let (Some(head), Ok(layout), Ok(btf)) = (
-        guest.symbols().address("btf_modules"),
+        guest.address("btf_modules"),
         guest.layout::<BtfModuleLayout>(table),
         guest.layout::<BtfLayout>(table),
     ) else {

@@ -434,7 +434,7 @@ impl Device {
         let Some(statistics) = self.pointer(layout.link_statistics.as_ref()) else {
             return Ok(None);
         };
-        let loopback = guest.symbols().address("loopback_ops");
+        let loopback = guest.address("loopback_ops");
         let is_loopback =
             loopback.is_some() && self.pointer(layout.operations.as_ref()) == loopback;
         // `enum netdev_stat_type`

@@ -336,12 +336,12 @@ impl<'g> Tables<'g> {
     /// A table that all share, and those that namespaces have of their own.
     fn shared_and_own(
         &self,
-        symbol: &str,
+        symbol: &'static str,
         own: Option<&Member>,
         namespaces: &[NetworkNamespace],
     ) -> Vec<VirtualAddress> {
         let mut seen = HashSet::new();
-        let shared = self.guest.symbols().address(symbol);
+        let shared = self.guest.address(symbol);
         let own = namespaces.iter().filter_map(|namespace| {
             let table = self.guest.pointer(namespace.address, own?);
             match table {
@@ -479,7 +479,7 @@ impl<'g> Tables<'g> {
         let bucket = self.guest.layout::<UdpBucketLayout>(self.table)?;
         let error = self.read_error("udp_table");
         let mut tables = self.shared_and_own("udp_table", own.udp.as_ref(), namespaces);
-        tables.extend(self.guest.symbols().address("udplite_table"));
+        tables.extend(self.guest.address("udplite_table"));
         for table in tables {
             let buckets = Chains {
                 subject: "udp_table.hash",
@@ -507,13 +507,13 @@ impl<'g> Tables<'g> {
         let raw = self.guest.layout::<RawLayout>(self.table)?;
         for symbol in ["raw_v4_hashinfo", "raw_v6_hashinfo"] {
             // Version 6 may be a module, or not be there.
-            if let Some(address) = self.guest.symbols().address(symbol) {
+            if let Some(address) = self.guest.address(symbol) {
                 self.array(symbol, address, &raw.buckets, Source::Raw, visit)?;
             }
         }
         if let (Ok(ping), Some(address)) = (
             self.guest.layout::<PingLayout>(self.table),
-            self.guest.symbols().address("ping_table"),
+            self.guest.address("ping_table"),
         ) {
             self.array("ping_table", address, &ping.buckets, Source::Ping, visit)?;
         }

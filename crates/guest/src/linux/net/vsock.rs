@@ -84,8 +84,8 @@ impl Vsock {
         if let Some(offsets) = offsets_of(kernel) {
             return Some(Self {
                 offsets,
-                bound: guest.symbols().address("vsock_bind_table"),
-                connected: guest.symbols().address("vsock_connected_table"),
+                bound: guest.address("vsock_bind_table"),
+                connected: guest.address("vsock_connected_table"),
             });
         }
         let module = module_named(guest, table, b"vsock").ok().flatten()?;

@@ -296,7 +296,7 @@ impl Paths {
         let dentry = guest.layout::<DentryLayout>(table)?;
         let mount = guest.layout::<MountLayout>(table)?;
         let live = guest.space().memory().volatility() == Volatility::Live;
-        let lock = |name| guest.symbols().address(name).filter(|_| live);
+        let lock = |name| guest.address(name).filter(|_| live);
         Ok(Self {
             dentry_span: Span::of([
                 &dentry.parent,
