@@ -62,7 +62,7 @@ macro_rules! layout {
         })?
     ) => {
         $(#[$doc])*
-        #[derive(Debug)]
+        #[derive(Clone, Debug)]
         #[allow(dead_code, reason = "size is there for all, used by some")]
         $visibility struct $name {
             /// The structure's size in bytes.

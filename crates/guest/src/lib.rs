@@ -10,6 +10,7 @@ mod diagnostics;
 mod guest;
 mod layout;
 pub mod linux;
+mod split;
 #[cfg(test)]
 pub(crate) mod synthetic;
 mod table;

@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 
 use secmon_profile::{ProfileError, TypeError};
 
+use crate::split::Split;
 use crate::{Guest, Value};
 
 /// The type of a column's values (each may also be null or unreadable).
@@ -232,6 +233,18 @@ impl<R: 'static> Table for TableOf<R> {
         request: &Request,
         sink: &mut RowSink<'_>,
     ) -> Result<(), TableError> {
+        let (maker, selection) = self.wanted(request);
+        let mut row = Row::default();
+        (self.items)(guest, &selection, &mut |item| {
+            maker.make(guest, &item, &mut row);
+            sink(&mut row)
+        })
+    }
+}
+
+impl<R: 'static> TableOf<R> {
+    /// How the rows of a request are made, and which.
+    fn wanted(&self, request: &Request) -> (RowMaker<'_, R>, Selection) {
         let columns: Vec<&Column<R>> = match &request.columns {
             None => self.columns.iter().collect(),
             Some(indices) => indices
@@ -243,36 +256,78 @@ impl<R: 'static> Table for TableOf<R> {
             user_pages: columns.iter().any(|column| column.cost == Cost::UserPages),
             ..request.selection.clone()
         };
-        let mut row = Row::default();
-        (self.items)(guest, &selection, &mut |item| {
-            make_row(guest, &columns, &item, &mut row);
-            sink(&mut row)
-        })
+        (RowMaker { columns }, selection)
     }
 }
 
-/// Makes the row of an item in the place of another one.
-#[inline]
-fn make_row<R>(guest: &Guest, columns: &[&Column<R>], item: &R, row: &mut Row) {
-    let values = &mut row.values;
-    values.clear();
-    values.reserve_exact(columns.len());
-    // A value that is moved as soon as it was made is loaded while its parts
-    // are still being stored, for which the processor waits. Of several that
-    // are moved together, only the last one is.
-    let (blocks, rest) = columns.as_chunks::<8>();
-    for block in blocks {
-        let value = |index: usize| (block[index].value)(guest, item);
-        let (first, second, third, fourth) = (value(0), value(1), value(2), value(3));
-        let (fifth, sixth, seventh, eighth) = (value(4), value(5), value(6), value(7));
-        values.push(first);
-        values.push(second);
-        values.push(third);
-        values.push(fourth);
-        values.push(fifth);
-        values.push(sixth);
-        values.push(seventh);
-        values.push(eighth);
+/// A table whose rows several threads can make.
+pub struct SplitTable<R: 'static> {
+    /// The table, as one thread makes it.
+    pub table: TableOf<R>,
+    /// How its items are read by several.
+    pub split: Split<R>,
+}
+
+impl<R: 'static> Table for SplitTable<R> {
+    fn name(&self) -> &'static str {
+        self.table.name()
     }
-    values.extend(rest.iter().map(|column| (column.value)(guest, item)));
+
+    fn aliases(&self) -> &'static [&'static str] {
+        self.table.aliases()
+    }
+
+    fn meaning(&self) -> &'static str {
+        self.table.meaning()
+    }
+
+    fn columns(&self) -> Vec<ColumnInfo> {
+        self.table.columns()
+    }
+
+    fn read(
+        &self,
+        guest: &Guest,
+        request: &Request,
+        sink: &mut RowSink<'_>,
+    ) -> Result<(), TableError> {
+        let (maker, selection) = self.table.wanted(request);
+        if self.split.read(guest, &selection, &maker, sink)? {
+            return Ok(());
+        }
+        self.table.read(guest, request, sink)
+    }
+}
+
+/// Makes the rows of one request.
+pub(crate) struct RowMaker<'t, R: 'static> {
+    columns: Vec<&'t Column<R>>,
+}
+
+impl<R> RowMaker<'_, R> {
+    /// Makes the row of an item in the place of another one.
+    #[inline]
+    pub(crate) fn make(&self, guest: &Guest, item: &R, row: &mut Row) {
+        let values = &mut row.values;
+        values.clear();
+        values.reserve_exact(self.columns.len());
+        // A value that is moved as soon as it was made is loaded while its parts
+        // are still being stored, for which the processor waits. Of several that
+        // are moved together, only the last one is.
+        let (blocks, rest) = self.columns.as_chunks::<8>();
+        for block in blocks {
+            let value = |index: usize| (block[index].value)(guest, item);
+            let (first, second, third, fourth) = (value(0), value(1), value(2), value(3));
+            let (fifth, sixth, seventh, eighth) = (value(4), value(5), value(6), value(7));
+            values.push(first);
+            values.push(second);
+            values.push(third);
+            values.push(fourth);
+            values.push(fifth);
+            values.push(sixth);
+            values.push(seventh);
+            values.push(eighth);
+        }
+        values.extend(rest.iter().map(|column| (column.value)(guest, item)));
+    }
 }

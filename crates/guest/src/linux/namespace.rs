@@ -308,7 +308,6 @@ impl Namespaces {
             .map_err(|error| error.to_string())?;
         let symbol = kind.operations();
         if guest
-            .symbols()
             .address(symbol)
             .is_some_and(|expected| expected != operations)
         {

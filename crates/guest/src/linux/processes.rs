@@ -1,5 +1,9 @@
 //! The table `processes`.
 
+use std::sync::Arc;
+
+use secmon_memory::Volatility;
+
 use crate::linux::ahead;
 use crate::linux::cred::{Cred, capability_digits, capability_names};
 use crate::linux::listing::Listing;
@@ -7,8 +11,9 @@ use crate::linux::namespace::Kind as NamespaceKind;
 use crate::linux::path::Path;
 use crate::linux::process::{self, Process};
 use crate::linux::state::{State, has_exited};
-use crate::linux::task::TaskLayout;
-use crate::table::Items;
+use crate::linux::task::{self, Membership, TaskLayout, TaskModel};
+use crate::split::{First, Reader, Split};
+use crate::table::{Items, SplitTable};
 use crate::{Column, Cost, Guest, Kind, Selection, Shown, TableError, TableOf, Value};
 
 const TABLE: &str = "processes";
@@ -44,7 +49,18 @@ pub(crate) const fn column(
 }
 
 /// The table `processes`.
-pub static PROCESSES: TableOf<Process> = TableOf {
+pub static PROCESSES: SplitTable<Process> = SplitTable {
+    table: ONE_BY_ONE,
+    split: Split {
+        possible: can_be_split,
+        objects: |guest| task::leader_addresses(guest, TABLE),
+        reader,
+        key: |process| process.task.tgid.into(),
+        first,
+    },
+};
+
+const ONE_BY_ONE: TableOf<Process> = TableOf {
     name: TABLE,
     aliases: &["ps"],
     meaning: "All processes, as the initial pid namespace sees them: kernel threads and zombies \
@@ -548,6 +564,31 @@ const fn namespace(
     value: fn(&Guest, &Process) -> Value,
 ) -> Column<Process> {
     column(name, Kind::Unsigned, Shown::OnRequest, meaning, value)
+}
+
+/// All processes of an image, from its kernel's memory alone.
+fn can_be_split(guest: &Guest, selection: &Selection) -> bool {
+    let memory = guest.space().memory();
+    memory.mapped().is_some()
+        && memory.volatility() == Volatility::Static
+        && !selection.user_pages
+        && selection.pids.is_none()
+}
+
+fn reader(guest: &Guest) -> Result<Reader<'_, Process>, TableError> {
+    let listing = Listing::new(guest, TABLE)?;
+    // Not the guest's own: each task counts its references to it, and threads
+    // would wait for each other's counting.
+    let model = Arc::new(TaskModel::clone(&listing.task));
+    Ok(Box::new(move |address| {
+        let task = task::leader(guest, TABLE, &model, address)?;
+        Process::read(guest, &listing, task, Membership::Processes)
+    }))
+}
+
+fn first(guest: &Guest) -> First<'_> {
+    let mut first = task::first_of_its_id(guest, TABLE);
+    Box::new(move |tgid, address| first(tgid as u32, address))
 }
 
 fn processes(

@@ -14,7 +14,7 @@ use secmon_profile::Member;
 use crate::extract;
 
 /// Members that are no further apart than this share a run.
-const GAP: u64 = 192;
+const GAP: u64 = 64;
 /// No member is copied beyond this many bytes, whatever the types say.
 const LONGEST_MEMBER: u64 = 512;
 /// No member is copied that lies beyond this, whatever the types say: no

@@ -91,7 +91,7 @@ layout! {
 }
 
 /// How tasks of a guest are read.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct TaskModel {
     /// The members.
     pub layout: TaskLayout,
@@ -447,45 +447,82 @@ pub fn leaders<'g>(
     let model = guest.layout::<TaskModel>(table)?;
     let offset = model.layout.tasks.offset;
     let head = guest.symbol(table, "init_task")?.wrapping_add(offset);
-    let mut pids = HashSet::with_hasher(Keyed::default());
+    let mut first = first_of_its_id(guest, table);
     Ok(
         entries(guest, table, "task_struct.tasks", head, offset).filter_map(move |address| {
-            let task = Task::read(guest, &model, address, Membership::Processes);
-            let task = or_diagnostic(guest, table, address, task)?;
-            if task.group_leader != address || task.pid != task.tgid {
-                // A thread becomes the first one in several steps (execve of
-                // a thread).
-                match guest.space().memory().volatility() {
-                    Volatility::Live => guest.diagnostics().count_torn_read(),
-                    Volatility::Static => guest.diagnostics().record(Diagnostic {
-                        table,
-                        subject: format!("task_struct of pid {}", task.tgid),
-                        address: Some(address),
-                        reason: format!(
-                            "it is listed as a process, but its pid is {} and its first thread \
-                             at {}",
-                            task.pid, task.group_leader
-                        ),
-                    }),
-                }
-            }
-            if !pids.insert(task.tgid) {
-                // The process went on under another first thread (execve of a
-                // thread) while its list was walked.
-                match guest.space().memory().volatility() {
-                    Volatility::Live => guest.diagnostics().count_torn_read(),
-                    Volatility::Static => guest.diagnostics().record(Diagnostic {
-                        table,
-                        subject: format!("task_struct of pid {}", task.tgid),
-                        address: Some(address),
-                        reason: "another process in the list has the same id; left out".into(),
-                    }),
-                }
-                return None;
-            }
-            Some(task)
+            let task = leader(guest, table, &model, address)?;
+            first(task.tgid, address).then_some(task)
         }),
     )
+}
+
+/// Where the first threads of all processes lie that are not checked yet, in
+/// the kernel's order.
+///
+/// # Errors
+/// [`TableError`] if the list can't be found.
+pub fn leader_addresses(
+    guest: &Guest,
+    table: &'static str,
+) -> Result<Vec<VirtualAddress>, TableError> {
+    let offset = guest.layout::<TaskModel>(table)?.layout.tasks.offset;
+    let head = guest.symbol(table, "init_task")?.wrapping_add(offset);
+    Ok(entries(guest, table, "task_struct.tasks", head, offset).collect())
+}
+
+/// The task at `address`, which is in the list of all processes; none, with a
+/// diagnostic, if there is no task.
+pub fn leader(
+    guest: &Guest,
+    table: &'static str,
+    model: &Arc<TaskModel>,
+    address: VirtualAddress,
+) -> Option<Task> {
+    let task = Task::read(guest, model, address, Membership::Processes);
+    let task = or_diagnostic(guest, table, address, task)?;
+    if task.group_leader != address || task.pid != task.tgid {
+        // A thread becomes the first one in several steps (execve of a
+        // thread).
+        match guest.space().memory().volatility() {
+            Volatility::Live => guest.diagnostics().count_torn_read(),
+            Volatility::Static => guest.diagnostics().record(Diagnostic {
+                table,
+                subject: format!("task_struct of pid {}", task.tgid),
+                address: Some(address),
+                reason: format!(
+                    "it is listed as a process, but its pid is {} and its first thread at {}",
+                    task.pid, task.group_leader
+                ),
+            }),
+        }
+    }
+    Some(task)
+}
+
+/// Tells of each process of a listing whether no other one had its id before;
+/// one that has is counted or recorded.
+pub fn first_of_its_id(
+    guest: &Guest,
+    table: &'static str,
+) -> impl FnMut(u32, VirtualAddress) -> bool {
+    let mut pids = HashSet::with_hasher(Keyed::default());
+    move |tgid, address| {
+        if pids.insert(tgid) {
+            return true;
+        }
+        // The process went on under another first thread (execve of a thread)
+        // while its list was walked.
+        match guest.space().memory().volatility() {
+            Volatility::Live => guest.diagnostics().count_torn_read(),
+            Volatility::Static => guest.diagnostics().record(Diagnostic {
+                table,
+                subject: format!("task_struct of pid {tgid}"),
+                address: Some(address),
+                reason: "another process in the list has the same id; left out".into(),
+            }),
+        }
+        false
+    }
 }
 
 /// All threads of a process, its first one among them, in the kernel's order.
