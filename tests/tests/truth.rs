@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, bail, ensure};
 use secmon_guest::{Selection, Value};
 use secmon_lab::qmp::DumpFormat;
+use secmon_lab::truth::{FileKind, OpenFile};
 use secmon_lab::{Backing, Emulator, Guest, GuestBuilder, Kernel, Paging, Suite, Workload};
 use secmon_profile::ProfileError;
 use secmon_tests::compare::{self, Truth};
@@ -141,6 +142,25 @@ fn compare_without_types(opened: &Opened, guest: &Guest) -> Result<()> {
     Ok(())
 }
 
+/// Fails unless the guest has files of each kind open on an overlay file
+/// system, so that they were among what was compared.
+fn expect_overlay(truth: &Truth) -> Result<()> {
+    let overlay = |file: &&OpenFile| {
+        let mut mounts = truth.mounts.iter();
+        mounts.any(|mount| mount.fstype == "overlay" && mount.device == file.device)
+    };
+    for (kind, least) in [
+        (FileKind::Regular, 6),
+        (FileKind::Directory, 4),
+        (FileKind::SymbolicLink, 1),
+    ] {
+        let of_kind = truth.files.iter().filter(overlay);
+        let count = of_kind.filter(|file| file.kind == kind).count();
+        ensure!(count >= least, "{count} {kind:?} open on an overlay");
+    }
+    Ok(())
+}
+
 /// How often the live tables are read. Truth is not told at one moment, so an
 /// object that comes and goes between its parts can look wrong once; what is
 /// wrong stays wrong.
@@ -181,6 +201,7 @@ fn compare(builder: GuestBuilder) -> Result<()> {
         &compare_module_symbols(&live, &guest)?,
     )?;
     let between = compare_live(&live, &guest)?;
+    expect_overlay(&between)?;
 
     let core = guest.folder().join("core");
     guest.while_stopped(|control| control.dump(&core, DumpFormat::Elf))?;

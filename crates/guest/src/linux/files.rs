@@ -199,7 +199,8 @@ pub static FILES: TableOf<Descriptor> = TableOf {
             kind: Kind::Unsigned,
             cost: Cost::Kernel,
             shown: Shown::OnRequest,
-            meaning: "Names that the inode has; 0 for a file deleted everywhere.",
+            meaning: "Names that the inode has; 0 for a file deleted everywhere, 1 for a folder on \
+                      an overlay file system.",
             value: |_, row| row.inode(|inode| inode.links.into()),
         },
         Column {

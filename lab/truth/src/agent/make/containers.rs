@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::mem::forget;
 use std::net::TcpListener;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixListener;
 
 use super::report::{self, Reporter, Reports, attempt};
@@ -218,6 +219,15 @@ pub fn inside(name: &str) -> ! {
         if name == "overlay" {
             forget(File::open("/srv/lower only")?);
             forget(File::open("/opt/tool")?);
+            // Folders of one layer, of two lower ones, of all three; and a
+            // link, opened itself.
+            for folder in ["/opt", "/bin", "/etc", "/srv"] {
+                forget(File::open(folder)?);
+            }
+            std::os::unix::fs::symlink("/opt/tool", "/tmp/link")?;
+            let link = libc::O_PATH | libc::O_NOFOLLOW;
+            let mut options = OpenOptions::new();
+            forget(options.read(true).custom_flags(link).open("/tmp/link")?);
         }
         // Copied up on the first write, in an overlay.
         forget(File::open("/etc/passwd")?);
