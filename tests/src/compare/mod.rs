@@ -11,6 +11,7 @@ mod maps;
 mod modules;
 mod mounts;
 mod namespaces;
+mod process_tree;
 mod processes;
 mod sockets;
 mod threads;
@@ -94,6 +95,7 @@ pub struct Check {
 pub static CHECKS: &[Check] = &[
     info::INFO,
     processes::PROCESSES,
+    process_tree::PROCESS_TREE,
     threads::THREADS,
     credentials::CREDENTIALS,
     namespaces::NAMESPACES,
