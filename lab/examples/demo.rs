@@ -5,12 +5,14 @@
 //! this.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use secmon_lab::{Backing, ByteString, Guest, QmpAccess, Suite, Workload};
+use secmon_lab::{Backing, ByteString, Guest, Suite, Workload};
 use serde_json::Value;
 
 const NAME: &str = "web1";
@@ -21,17 +23,31 @@ const MONITOR: &str = "secmon-demo";
 /// The monitoring VM, which ends with this value.
 struct Monitor<'a> {
     secmon: &'a Path,
+    /// Where its gate writes what it does; removed with the demo.
+    logs: tempfile::TempDir,
 }
 
 impl<'a> Monitor<'a> {
     fn up(secmon: &'a Path, image: &Path) -> Result<Self> {
-        let monitor = Self { secmon };
+        let logs = tempfile::tempdir()?;
+        // The gate has a user of its own.
+        fs::set_permissions(logs.path(), fs::Permissions::from_mode(0o755))?;
+        let monitor = Self { secmon, logs };
+        let logs = monitor.logs.path().display().to_string();
         let image = image.display().to_string();
         let target = format!("qemu:{NAME}");
         // One that an earlier demo was killed beside.
         let _ = monitor.command(&["down", MONITOR]).output();
         monitor.show(&[
-            "up", "--target", &target, "--name", MONITOR, "--image", &image,
+            "up",
+            "--target",
+            &target,
+            "--name",
+            MONITOR,
+            "--image",
+            &image,
+            "--gate-logs",
+            &logs,
         ])?;
         Ok(monitor)
     }
@@ -158,7 +174,6 @@ fn main() -> Result<()> {
     let guest = Guest::builder(Suite::Trixie)
         .name(NAME)
         .backing(Backing::File)
-        .qmp(QmpAccess::None)
         .workload(workload)
         .boot()?;
     println!(

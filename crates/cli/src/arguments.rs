@@ -112,7 +112,7 @@ pub struct Common {
     #[arg(long, value_name = "FILE", global = true, help_heading = "Target")]
     pub isf: Option<PathBuf>,
 
-    /// Stop the guest while it is read (QEMU); it always runs again afterwards
+    /// Stop the guest while it is read (QEMU; through a monitor, by its right `pause`); it always runs again afterwards
     #[arg(long, global = true, help_heading = "Target")]
     pub pause: bool,
 

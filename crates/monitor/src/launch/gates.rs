@@ -656,3 +656,76 @@ pub fn rights(settings: &GateSettings, monitor: &MonitorName) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    fn settings(rights: &[Right]) -> GateSettings {
+        let key = KeyPair::generate().expect("keys").public();
+        let mut grants = Grants::observe_alone("web1", "m", key);
+        grants.monitors[0].rights.extend(rights);
+        GateSettings {
+            account: None,
+            key,
+            grants,
+            log: PathBuf::from("/x"),
+            dumps: None,
+        }
+    }
+
+    #[test]
+    fn rights_are_told_with_those_that_are_missing() {
+        let monitor: MonitorName = "m".parse().expect("a name");
+        let said = rights(&settings(&[]), &monitor);
+        assert!(said.starts_with("observe alone"), "{said}");
+        assert!(
+            said.ends_with("; not pause, trace, respond, control"),
+            "{said}"
+        );
+        let said = rights(&settings(&[Right::Pause, Right::Respond]), &monitor);
+        assert_eq!(said, "observe, pause, respond; not trace, control");
+        assert_eq!(
+            rights(&settings(&Right::ALL), &monitor)
+                .matches("not")
+                .count(),
+            0
+        );
+        let other: MonitorName = "n".parse().expect("a name");
+        assert_eq!(rights(&settings(&[]), &other), "nothing");
+    }
+
+    #[test]
+    fn a_gates_files_are_there_and_closed_to_others() {
+        let base = tempfile::tempdir().expect("a folder");
+        let name: MonitorName = "m".parse().expect("a name");
+        let directory = RunDirectory::in_base(base.path(), &name).expect("a folder");
+        directory.make().expect("made");
+        let grants = settings(&[Right::Respond]).grants;
+        let logs = base.path().join("state/m");
+        let made = prepare(&directory, 1, grants.clone(), &logs, None).expect("made");
+        let mode = |path: &Path| path.metadata().expect("it is there").mode() & 0o777;
+        let own = folder(&directory, 1);
+        assert_eq!(mode(&own.join(files::GATE_KEY)), 0o600);
+        let key = KeyPair::read(&own.join(files::GATE_KEY)).expect("a key");
+        assert_eq!(key.public(), made.key);
+        assert_eq!(
+            Grants::read(&own.join(files::GATE_GRANTS)).expect("grants"),
+            grants
+        );
+        assert_eq!(mode(&logs), 0o711);
+        assert_eq!(mode(&logs.join("web1")), 0o700);
+        assert_eq!(made.log, logs.join("web1/gate.log"));
+        assert_eq!(made.dumps, Some(logs.join("web1/dumps")));
+        // Again, beside the log of an earlier gate.
+        fs::write(&made.log, "x").expect("a log");
+        fs::remove_dir_all(&own).expect("removed");
+        let observer = settings(&[]).grants;
+        let made = prepare(&directory, 1, observer, &logs, None).expect("made");
+        assert_eq!(made.dumps, None);
+        assert_eq!(fs::read(&made.log).expect("a log"), b"x");
+        assert_eq!(log_name(".."), "_..");
+    }
+}

@@ -134,7 +134,7 @@ impl RunDirectory {
         Self::in_base(&base()?, name)
     }
 
-    fn in_base(base: &Path, name: &MonitorName) -> Result<Self, RunDirectoryError> {
+    pub(super) fn in_base(base: &Path, name: &MonitorName) -> Result<Self, RunDirectoryError> {
         let directory = Self {
             path: base.join(name.as_str()),
         };
