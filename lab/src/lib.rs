@@ -48,6 +48,6 @@ pub use guest::Guest;
 pub use image::{Truth, write_image};
 pub use kernel::Kernel;
 pub use monitor::{MONITOR_MEMORY_MIB, MonitorVm, WatchedRam, appliance_image, build_appliance};
-pub use secmon_truth::{ByteString, Workload};
+pub use secmon_truth::{ByteString, Work, Workload};
 pub use suite::Suite;
 pub use truth_channel::TruthChannel;

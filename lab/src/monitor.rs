@@ -235,6 +235,12 @@ impl MonitorVm {
             .with_context(|| format!("the monitor's console:\n{}", self.console()))
     }
 
+    /// The process id of its QEMU.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What the monitor wrote on its console.
     #[must_use]
     pub fn console(&self) -> String {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use secmon_truth::{
     Bpf, ByteString, Info, Interface, KernelMessage, Mapping, Module, Mount, Namespace, OpenFile,
-    Process, Reply, Request, Section, Socket, Symbol, Thread,
+    Process, Reply, Request, Section, Socket, Symbol, Thread, Work,
 };
 use serde::de::DeserializeOwned;
 
@@ -165,6 +165,21 @@ impl TruthChannel {
     pub fn read_file(&self, path: &str) -> Result<ByteString> {
         self.ask(&Request::ReadFile {
             path: path.to_owned(),
+        })
+    }
+
+    /// Lets the guest work for a while; how often it did it.
+    pub fn work(&self, work: Work, milliseconds: u32) -> Result<u64> {
+        self.ask(&Request::Work { work, milliseconds })
+    }
+
+    /// Lets the guest read a mapped file, or memory of its own, from one end
+    /// to the other; the nanoseconds of the fastest round.
+    pub fn read_through(&self, path: Option<&str>, mebibytes: u32, rounds: u32) -> Result<u64> {
+        self.ask(&Request::ReadThrough {
+            path: path.map(str::to_owned),
+            mebibytes,
+            rounds,
         })
     }
 

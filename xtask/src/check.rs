@@ -54,6 +54,22 @@ pub fn bench() -> Result<()> {
     bench_with(&[])
 }
 
+/// Measures what a monitoring VM costs and writes `docs/costs.md`.
+///
+/// # Errors
+/// If a guest does not start.
+pub fn costs() -> Result<()> {
+    prerequisites::for_guests()?;
+    run(cargo().args([
+        "run",
+        "--release",
+        "--package",
+        "secmon-benches",
+        "--bin",
+        "costs",
+    ]))
+}
+
 fn bench_with(arguments: &[&str]) -> Result<()> {
     run(cargo().args(["build", "--release", "--package", "secmon"]))?;
     run(cargo().args(["bench", "--package", "secmon-benches", "--benches"]))?;

@@ -39,6 +39,8 @@ enum Task {
     },
     /// Measure, write docs/performance.md, and fail if a stated limit is missed
     Bench,
+    /// Measure what a monitoring VM costs its target and its host, and write docs/costs.md
+    Costs,
     /// Compare with volatility3, drgn and memflow on one image, and write docs/peers.md
     Peers,
     /// Build the static program of the monitoring VM and, with it, the VM's image
@@ -64,6 +66,7 @@ fn main() -> Result<()> {
         Task::Test => check::run_all(),
         Task::Fuzz { seconds, target } => fuzz::run_targets(seconds, target.as_deref()),
         Task::Bench => check::bench(),
+        Task::Costs => check::costs(),
         Task::Peers => peers::compare(),
         Task::Appliance { output, arguments } => appliance::build(&output, &arguments),
         Task::Docs { check } => docs::run(check),

@@ -13,6 +13,6 @@ mod rows;
 mod workload;
 
 pub use byte_string::ByteString;
-pub use protocol::{PORT_NAME, READY_MARK, Reply, Request, Section};
+pub use protocol::{PORT_NAME, READY_MARK, Reply, Request, Section, Work};
 pub use rows::*;
 pub use workload::Workload;

@@ -120,8 +120,36 @@ pub enum Request {
         /// Its path.
         path: String,
     },
+    /// Work for a while; the answer is how often.
+    Work {
+        /// At what.
+        work: Work,
+        /// How long, in milliseconds of the guest's own clock.
+        milliseconds: u32,
+    },
+    /// Read memory from one end to the other, several times; the answer is how
+    /// many nanoseconds the fastest time took.
+    ReadThrough {
+        /// A file to be mapped, such as the memory of a PCI device; none for
+        /// memory of the process's own.
+        path: Option<String>,
+        /// How much of it.
+        mebibytes: u32,
+        /// How often.
+        rounds: u32,
+    },
     /// Switch the guest off; there is no reply.
     Exit,
+}
+
+/// Something to be done over and over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Work {
+    /// Arithmetic: no memory, no kernel.
+    Compute,
+    /// `getppid(2)`: the way into the kernel and out again.
+    SystemCalls,
 }
 
 /// The guest's answer.

@@ -7,6 +7,7 @@ mod netlink;
 mod serve;
 mod sys;
 mod tell;
+mod work;
 
 use std::io::Write as _;
 

@@ -9,7 +9,7 @@ use secmon_truth::{ByteString, READY_MARK, Reply, Request, Section};
 use serde::Serialize;
 
 use super::make::Made;
-use super::{sys, tell};
+use super::{sys, tell, work};
 
 /// The longest request read; the host sends nothing near it.
 const LONGEST_REQUEST: usize = 64 * 1024;
@@ -76,6 +76,15 @@ fn answer(
             length,
         } => reply(port, read_memory(*pid, *address, *length)),
         Request::ReadFile { path } => reply(port, read_file(path)),
+        Request::Work { work, milliseconds } => reply(port, Ok(work::repeat(*work, *milliseconds))),
+        Request::ReadThrough {
+            path,
+            mebibytes,
+            rounds,
+        } => reply(
+            port,
+            work::read_through(path.as_deref(), *mebibytes, *rounds),
+        ),
         Request::Exit => Ok(()),
     }
 }
