@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use super::report::{Reporter, Reports};
 use super::{WORKER, containers};
+use crate::agent::memory::{self, PAGE};
 use crate::agent::sys;
 
 /// The variable that tells an executed role what it is.
@@ -44,6 +45,7 @@ pub fn play(role: &OsStr) -> ! {
         "exe-marked" => Ok(()),
         "argv-rewritten" => rewrite_arguments(b"lab: serving request 42"),
         "argv-overflowing" => rewrite_arguments("x".repeat(600).as_bytes()),
+        "argv-swapped" => swap_arguments_out(),
         _ => Ok(()),
     };
     if let Err(error) = outcome {
@@ -88,6 +90,13 @@ pub fn processes(reports: &mut Reports) -> io::Result<()> {
         worker(
             "argv-longest",
             vec![b"lab-worker".to_vec(), vec![b'z'; (128 << 10) - 1]],
+            vec![],
+        ),
+        worker(
+            "argv-swapped",
+            (0..40)
+                .map(|number| format!("swapped-{number:02}-{}", "s".repeat(1000)).into_bytes())
+                .collect(),
             vec![],
         ),
         worker(
@@ -234,10 +243,9 @@ fn from_memory() -> io::Result<()> {
     ))
 }
 
-/// Writes over the area that the kernel shows as the command line, as
-/// `setproctitle` does; what is left of it becomes NUL. A longer title runs
-/// on into the environment, where it ends when that does.
-fn rewrite_arguments(title: &[u8]) -> io::Result<()> {
+/// Where the arguments start and end, and where the environment behind them
+/// ends.
+fn argument_addresses() -> io::Result<[usize; 3]> {
     let stat = fs::read_to_string("/proc/self/stat")?;
     let fields: Vec<&str> = stat
         .rsplit_once(')')
@@ -245,9 +253,25 @@ fn rewrite_arguments(title: &[u8]) -> io::Result<()> {
         .unwrap_or_default();
     // Fields 48 to 51 of proc(5); the first after the name is 3.
     let field = |number: usize| -> Option<usize> { fields.get(number - 3)?.parse().ok() };
-    let (Some(start), Some(end), Some(environment_end)) = (field(48), field(49), field(51)) else {
-        return Err(io::Error::other("no argument addresses"));
-    };
+    match (field(48), field(49), field(51)) {
+        (Some(start), Some(end), Some(environment_end)) => Ok([start, end, environment_end]),
+        _ => Err(io::Error::other("no argument addresses")),
+    }
+}
+
+/// Gives the pages that hold the middle of the arguments to the swap space,
+/// where there is one. Who reads the arguments brings them back.
+fn swap_arguments_out() -> io::Result<()> {
+    let [start, end, _] = argument_addresses()?;
+    let first = (start + 1).next_multiple_of(PAGE) + PAGE;
+    memory::advise(first, end / PAGE * PAGE - PAGE - first, libc::MADV_PAGEOUT)
+}
+
+/// Writes over the area that the kernel shows as the command line, as
+/// `setproctitle` does; what is left of it becomes NUL. A longer title runs
+/// on into the environment, where it ends when that does.
+fn rewrite_arguments(title: &[u8]) -> io::Result<()> {
+    let [start, end, environment_end] = argument_addresses()?;
     // The arguments that Rust's runtime looks at were read already; nothing
     // reads the environment later in a role.
     let mut area = title.to_vec();
