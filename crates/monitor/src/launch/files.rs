@@ -9,6 +9,7 @@ pub const MONITOR_KEY: &str = "monitor.key";
 pub const PROCESSES: &str = "processes.json";
 pub const STATE: &str = "state.json";
 pub const SHAPES: &str = "shapes.json";
+pub const MACHINE: &str = "machine.json";
 pub const PLAN: &str = "plan.json";
 pub const CHANNEL_LOCK: &str = "channel.lock";
 pub const UP_LOCK: &str = "up.lock";

@@ -31,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use super::account::Account;
 use super::command_line::{Descriptors, Machine};
+use super::process::ProcessRecord;
 
 /// The most of a file that is copied to QEMU: an image's limit is 25 MiB.
 const MAX_COPY: u64 = 256 << 20;
@@ -54,6 +55,9 @@ pub struct StartPlan {
     pub qmp_socket: PathBuf,
     /// Where the monitor's channel is to listen.
     pub channel_socket: PathBuf,
+    /// Where it writes down which process it is, before anything else: whoever
+    /// started it may be killed before that is known.
+    pub record: PathBuf,
     /// RAM files that QEMU may open for reading.
     pub ram_files: Vec<PathBuf>,
     /// Ends with its parent. A monitor outlives the process that started it,
@@ -122,6 +126,9 @@ fn prepare(plan_file: &Path) -> Result<Command, StartError> {
     let text = fs::read(plan_file).map_err(|error| invalid(error.to_string()))?;
     let plan: StartPlan =
         serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
+    let own = ProcessRecord::of(std::process::id());
+    let text = serde_json::to_vec(&own).map_err(|error| invalid(error.to_string()))?;
+    fs::write(&plan.record, text).map_err(file_error("writing", &plan.record))?;
     if plan.ends_with_parent {
         let parent = getppid();
         let set = set_parent_process_death_signal(Some(Signal::KILL));

@@ -344,6 +344,7 @@ impl Supervisor {
             configuration: self.directory.file(files::CONFIGURATION),
             qmp_socket: self.directory.qmp_socket(),
             channel_socket: self.directory.channel_socket(),
+            record: self.directory.file(files::MACHINE),
             ram_files: named
                 .clone()
                 .map(|target| target.ram.path.clone())

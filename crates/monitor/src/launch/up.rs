@@ -536,7 +536,9 @@ fn end(directory: &RunDirectory) -> Result<Down, RunDirectoryError> {
     }
     // What it started last.
     let processes = processes(directory);
-    if let Some(machine) = processes.machine {
+    // Its own word, if the supervisor had no time to write it down.
+    let own: Option<ProcessRecord> = directory.read(files::MACHINE).ok().flatten();
+    for machine in processes.machine.into_iter().chain(own) {
         end("monitoring VM", machine);
     }
     for gate in processes.gates {
