@@ -217,7 +217,7 @@ impl Bench {
         let gdb = host.folder.path().join("gdb").display().to_string();
         let chardev = format!("socket,id=gdb,path={gdb},server=on,wait=off");
         let guest = Guest::builder(Suite::Bookworm)
-            .name("killed")
+            .name(format!("killed-{}", std::process::id()))
             .backing(Backing::File)
             // A guest that idles would count no ticks meanwhile.
             .kernel_argument("nohz=off")

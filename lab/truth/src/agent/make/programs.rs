@@ -280,6 +280,6 @@ fn rewrite_arguments(title: &[u8]) -> io::Result<()> {
     if title.len() > end - start {
         area.push(0);
     }
-    crate::agent::memory::store(start, &area);
+    memory::store(start, &area);
     Ok(())
 }
