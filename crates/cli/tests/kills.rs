@@ -240,8 +240,9 @@ impl Bench {
         let tracer = KeyPair::generate().expect("a key");
         let limits = "[monitor.limits]\nlongest_stop_milliseconds = 3600000\nstops_per_second = 10000\nrequests_per_second = 100000\n";
         let grants = format!(
-            "version = 1\ntarget = \"killed\"\n\n[[monitor]]\nname = \"m\"\nrights = [\"pause\"]\n\n\
+            "version = 1\ntarget = \"{}\"\n\n[[monitor]]\nname = \"m\"\nrights = [\"pause\"]\n\n\
              [[monitor]]\nname = \"tracer\"\nkey = \"{}\"\nrights = [\"pause\", \"trace\"]\n{limits}",
+            guest.name(),
             tracer.public()
         );
         fs::write(host.folder.path().join("grants.toml"), grants).expect("written");
