@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use secmon_guest::{Selection, Value};
+use secmon_guest::{Cost, Selection, Value};
 use secmon_isolation::attempts::{self, Setting};
 use secmon_isolation::lies::{LIES, Liar};
 use secmon_lab::{
@@ -43,6 +43,7 @@ struct Listing {
 /// Asks for a table; a monitor that refuses says why, which is an answer.
 fn list(client: &mut Client, target: &str, table: &str) -> Result<Listing> {
     let selection = Selection::default();
+    let columns = secmon_guest::table(table).context("the table")?.columns();
     let query = Query {
         target: target.to_owned(),
         table: table.to_owned(),
@@ -59,9 +60,10 @@ fn list(client: &mut Client, target: &str, table: &str) -> Result<Listing> {
         if let Answer::Rows(rows) = answer {
             for row in rows {
                 let cells: Vec<Value> = row.into_iter().map(Value::from).collect();
-                listing.partial |= cells
-                    .iter()
-                    .any(|value| matches!(value, Value::Unreadable(_)));
+                // What is in user memory may be swapped out.
+                listing.partial |= columns.iter().zip(&cells).any(|(column, value)| {
+                    column.cost == Cost::Kernel && matches!(value, Value::Unreadable(_))
+                });
                 listing
                     .rows
                     .push(cells.iter().map(ToString::to_string).collect());
