@@ -103,6 +103,30 @@ pub(crate) enum Offsets {
 }
 
 impl Offsets {
+    /// The table as it was read, but for a list from another source.
+    fn words(&mut self) -> Option<&mut Words> {
+        match self {
+            Self::Absolute(_) => None,
+            Self::BaseRelative { offsets, .. }
+            | Self::AbsolutePerCpu { offsets, .. }
+            | Self::PlaceRelative { offsets, .. } => Some(offsets),
+        }
+    }
+
+    /// Takes the other's memory in place of its own where the bytes are the
+    /// same.
+    pub(crate) fn share(&mut self, other: &Self) {
+        if let (
+            Some(own),
+            Self::BaseRelative { offsets, .. }
+            | Self::AbsolutePerCpu { offsets, .. }
+            | Self::PlaceRelative { offsets, .. },
+        ) = (self.words(), other)
+        {
+            own.share(offsets);
+        }
+    }
+
     /// How many addresses there are.
     pub(crate) fn len(&self) -> usize {
         match self {
@@ -201,6 +225,11 @@ pub(crate) struct Names {
 }
 
 impl Names {
+    /// As [`Offsets::share`].
+    pub(crate) fn share(&mut self, other: &Self) {
+        self.bytes.share(&other.bytes);
+    }
+
     /// Checks `count` names against their markers.
     pub(crate) fn parse(
         bytes: impl Into<Part>,

@@ -25,6 +25,13 @@ impl Part {
         }
     }
 
+    /// Takes the other's memory in place of its own if the bytes are the same.
+    pub(crate) fn share(&mut self, other: &Self) {
+        if **self == **other {
+            *self = other.clone();
+        }
+    }
+
     /// Forgets the bytes from `length` on, if there are any.
     pub(crate) fn truncate(&mut self, length: usize) {
         self.range.end = self.range.end.min(self.range.start.saturating_add(length));
@@ -56,6 +63,11 @@ impl From<Vec<u8>> for Part {
 pub(crate) struct Words(Part);
 
 impl Words {
+    /// As [`Part::share`].
+    pub(crate) fn share(&mut self, other: &Self) {
+        self.0.share(&other.0);
+    }
+
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
         self.0.len() / 4

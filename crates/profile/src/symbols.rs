@@ -61,6 +61,14 @@ impl Symbols {
         }
     }
 
+    /// Takes the other's memory in place of its own where the bytes are the
+    /// same.
+    pub(crate) fn share(&mut self, other: &Self) {
+        self.names.share(&other.names);
+        self.offsets.share(&other.offsets);
+        self.slots.share(&other.slots);
+    }
+
     /// Symbol numbers by address, if they are not in that order already.
     fn by_address(&self) -> Option<&[u32]> {
         let order = self.by_address.get_or_init(|| {

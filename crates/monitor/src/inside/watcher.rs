@@ -7,12 +7,12 @@
 //! stands still, so that then the kernel is looked for anew.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use secmon_guest::{Guest, member_of};
 use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
-use secmon_profile::{Cache, FindError, FindOptions, Kernel};
+use secmon_profile::{Cache, FindError, FindOptions, Kernel, Profile};
 
 use super::TRUST_LEVEL;
 use super::gate::Gate;
@@ -207,7 +207,7 @@ impl Watcher {
         let mut told = Vec::new();
         if still >= SUSPECT && now.saturating_duration_since(known.searched) >= SUSPECT {
             known.searched = now;
-            if let Ok(kernel) = find(memory)
+            if let Ok(kernel) = find(memory, &self.target.pulse)
                 && instance(&kernel).is_some_and(|other| other != known.instance)
             {
                 return self.adopt(kernel, true);
@@ -232,7 +232,7 @@ impl Watcher {
 
     /// The kernel that was there is not any more.
     fn replace(&mut self, memory: &Arc<dyn PhysicalMemory>, old: &Known) -> Vec<Told> {
-        match find(memory) {
+        match find(memory, &self.target.pulse) {
             Ok(kernel) if instance(&kernel) == Some(old.instance) => {
                 // The first look met a moment of change.
                 self.adopt_same(kernel, old.instance);
@@ -266,7 +266,7 @@ impl Watcher {
             self.pause = Duration::ZERO;
             return Vec::new();
         }
-        let found = find(memory);
+        let found = find(memory, &self.target.pulse);
         self.searched = Some(Instant::now());
         match found {
             Ok(kernel) => self.adopt(kernel, false),
@@ -350,7 +350,34 @@ fn running(known: &Known) -> TargetState {
     }
 }
 
-fn find(memory: &Arc<dyn PhysicalMemory>) -> Result<Kernel, FindError> {
+/// Looks for the kernel, one target after the other: the memory that it takes
+/// for a moment is several times what is kept. Targets with the same kernel keep
+/// its names and types once.
+fn find(memory: &Arc<dyn PhysicalMemory>, pulse: &Pulse) -> Result<Kernel, FindError> {
+    static PROFILES: Mutex<Vec<Weak<Profile>>> = Mutex::new(Vec::new());
+    let mut profiles = loop {
+        match PROFILES.try_lock() {
+            Ok(profiles) => break profiles,
+            Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+            // Whoever waits is well; whoever is waited for has a pulse, too.
+            Err(TryLockError::WouldBlock) => {
+                pulse.beat();
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    };
+    let mut kernel = search(memory)?;
+    profiles.retain(|profile| profile.strong_count() > 0);
+    if let Some(profile) = Arc::get_mut(&mut kernel.profile) {
+        for known in profiles.iter().filter_map(Weak::upgrade) {
+            profile.share(&known);
+        }
+    }
+    profiles.push(Arc::downgrade(&kernel.profile));
+    Ok(kernel)
+}
+
+fn search(memory: &Arc<dyn PhysicalMemory>) -> Result<Kernel, FindError> {
     let options = FindOptions {
         cache: Cache::Off,
         ..FindOptions::default()

@@ -352,6 +352,11 @@ impl Header {
 }
 
 impl Blob {
+    /// Whether both were made of the same bytes.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.signs_known == other.signs_known && *self.bytes == *other.bytes
+    }
+
     /// Takes `bytes` apart. `first_id` is the id of the first record (1, or
     /// for a module's blob the one after its base's last), for messages.
     ///

@@ -182,6 +182,12 @@ impl Types {
         Self::build(bytes.into(), None)
     }
 
+    /// Whether both are a kernel's own types, made of the same bytes.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let (own, other) = (&self.0, &other.0);
+        own.base.is_none() && other.base.is_none() && own.blob.is_same(&other.blob)
+    }
+
     /// Reads a module's BTF blob, whose ids and strings go on where those of
     /// `self` end.
     ///
