@@ -25,6 +25,12 @@ const MOST_INFO_BYTES: u64 = 512;
 /// The largest `prb_desc`; it has 24 bytes.
 const MOST_DESCRIPTOR_BYTES: u64 = 128;
 
+/// The most descriptors in a row that are of no record: between tail and head
+/// all are, but for those that the guest overwrites during the read. The ring of
+/// the largest log has a thousand times as many, and a guest can say that its
+/// own is such a one.
+const MOST_BARREN: u64 = 1 << 16;
+
 /// The two upper bits of `prb_desc.state_var` are the state.
 const STATE_SHIFT: u32 = 62;
 /// The rest is the id.
@@ -174,6 +180,20 @@ pub enum Loss {
         id: u64,
         /// The id in the block.
         found: u64,
+    },
+    /// So many descriptors in a row are of no record that the rest was not
+    /// looked at.
+    #[error(
+        "none of {count} descriptors in a row, from id {first} on, is of a record: the ring is \
+         damaged, and {left} more were not looked at"
+    )]
+    Barren {
+        /// The first id.
+        first: u64,
+        /// How many were looked at.
+        count: u64,
+        /// How many were not.
+        left: u64,
     },
     /// Memory of the ring can't be read.
     #[error("the record of descriptor id {id}: {source}")]
@@ -503,9 +523,22 @@ pub fn records(
     let ring = Ring::read(layout, address, read)?;
     // Losses of one kind in a row are told once.
     let mut overwritten: Option<(u64, u64)> = None;
+    let mut barren = 0;
     for distance in 0..ring.length() {
         let id = ring.tail_id.wrapping_add(distance) & ID_MASK;
         let outcome = ring.record(id, read);
+        barren = match outcome {
+            Ok(None) | Err(Loss::Overwritten { .. }) => barren + 1,
+            _ => 0,
+        };
+        if barren > MOST_BARREN {
+            sink(Found::Lost(Loss::Barren {
+                first: id.wrapping_sub(barren - 1) & ID_MASK,
+                count: barren,
+                left: ring.length() - distance - 1,
+            }));
+            return Ok(());
+        }
         if let Err(Loss::Overwritten { .. }) = outcome {
             overwritten = match overwritten {
                 Some((first, count)) => Some((first, count + 1)),

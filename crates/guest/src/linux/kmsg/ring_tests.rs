@@ -301,6 +301,49 @@ OFFSET(prb_data_ring.size_bits)=0\nOFFSET(prb_data_ring.data)=8\n";
     assert_eq!(ring_from_core_information(b"SIZE(prb_desc)=24\n"), None);
 }
 
+#[test]
+fn a_ring_that_claims_to_be_huge_is_given_up() {
+    let mut ring = Writer::new(4, 10);
+    ring.count_bits = MOST_DESCRIPTOR_BITS;
+    ring.tail_id = 1;
+    ring.head_id = 1 << MOST_DESCRIPTOR_BITS;
+    ring.put_header();
+    // Every descriptor can be read, and none is of a record.
+    let memory = std::mem::take(&mut ring.memory);
+    let reads = std::cell::Cell::new(0_u64);
+    let read = |address: VirtualAddress, target: &mut [u8]| {
+        reads.set(reads.get() + 1);
+        let start = address.as_u64() as usize;
+        match memory
+            .get(start..)
+            .and_then(|rest| rest.get(..target.len()))
+        {
+            Some(source) if start < 128 => target.copy_from_slice(source),
+            _ => target.fill(0xff),
+        }
+        Ok(())
+    };
+    let mut found = Vec::new();
+    let walked = records(&layout(), VirtualAddress::new(0), &read, &mut |one| {
+        found.push(one);
+        true
+    });
+    assert_eq!(walked, Ok(()));
+    let [
+        Found::Lost(Loss::Barren {
+            first: 1,
+            count,
+            left,
+        }),
+    ] = found[..]
+    else {
+        panic!("{found:?}");
+    };
+    assert_eq!(count, MOST_BARREN + 1);
+    assert_eq!(count + left, 1 << MOST_DESCRIPTOR_BITS);
+    assert!(reads.get() < 8 * MOST_BARREN, "{} reads", reads.get());
+}
+
 proptest! {
     #[test]
     fn gives_back_every_record(
