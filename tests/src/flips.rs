@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use secmon_guest::{Diagnostic, Guest, Request, Selection, Table, Value};
+use secmon_guest::{Diagnostic, Guest, Request, Selection, Table, Value, member_of};
 use secmon_memory::{
     AddressSpace, MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility,
 };
@@ -140,6 +140,17 @@ pub struct Untold {
     pub phantoms: Vec<u64>,
 }
 
+/// The reading that took the most time.
+#[derive(Debug, Default)]
+pub struct Longest {
+    /// How long it took.
+    pub elapsed: Duration,
+    /// Its table.
+    pub table: &'static str,
+    /// What was flipped.
+    pub flips: Vec<Flip>,
+}
+
 /// What became of a number of flips.
 #[derive(Debug, Default)]
 pub struct Report {
@@ -154,7 +165,7 @@ pub struct Report {
     /// How often a table was read.
     pub readings: usize,
     /// The longest of these.
-    pub longest: Duration,
+    pub longest: Longest,
     /// Rows of objects that are not there, with nothing said.
     pub untold: Vec<Untold>,
 }
@@ -252,6 +263,32 @@ impl Specimen {
             .collect()
     }
 
+    /// Each bit of a number: the member of a structure that lies at a symbol.
+    ///
+    /// # Errors
+    /// If this kernel has no such symbol or member.
+    pub fn flips_of(
+        &self,
+        symbol: &'static str,
+        structure: &str,
+        member: &str,
+    ) -> Result<Vec<Flip>> {
+        let guest = guest_of(&self.opened.kernel, self.opened.memory.clone());
+        let start = guest.symbol("sockets", symbol)?;
+        let member = member_of(guest.types("sockets")?, structure, &[member])?;
+        let address = guest
+            .space()
+            .translate(start.wrapping_add(member.offset))?
+            .physical
+            .as_u64();
+        Ok((0..member.size * 8)
+            .map(|bit| Flip {
+                address: address + bit / 8,
+                mask: 1 << (bit % 8),
+            })
+            .collect())
+    }
+
     /// Makes the flips and reads the tables that they can change.
     ///
     /// # Errors
@@ -309,7 +346,13 @@ impl Specimen {
             let outcome =
                 self.with_flips(&flips, |memory| read(&self.opened.kernel, memory, table))?;
             report.readings += 1;
-            report.longest = report.longest.max(outcome.elapsed);
+            if outcome.elapsed > report.longest.elapsed {
+                report.longest = Longest {
+                    elapsed: outcome.elapsed,
+                    table: table.name(),
+                    flips: flips.clone(),
+                };
+            }
             if outcome.is_like(clean) || !lists_objects(table) {
                 continue;
             }

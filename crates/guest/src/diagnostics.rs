@@ -67,6 +67,12 @@ impl Diagnostics {
         self.lock().dropped
     }
 
+    /// How many were recorded, kept or not.
+    pub fn recorded(&self) -> u64 {
+        let kept = self.lock();
+        kept.dropped.saturating_add(kept.list.len() as u64)
+    }
+
     /// A copy of those kept, oldest first.
     pub fn list(&self) -> Vec<Diagnostic> {
         self.lock().list.clone()

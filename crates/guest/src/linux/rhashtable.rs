@@ -15,6 +15,8 @@ use crate::{Diagnostic, Diagnostics, Guest, TableError, layout};
 const MOST_BUCKETS: u64 = 1 << 22;
 /// More members than this are in no table.
 const MOST_MEMBERS: usize = 1 << 22;
+/// So many diagnostics of one array, and it is none: the rest is given up.
+const MOST_BROKEN: u64 = 256;
 /// A table is resized once at a time; a second may already wait.
 const MOST_ARRAYS: usize = 4;
 /// Bucket pointers that are read at once.
@@ -161,8 +163,16 @@ impl Walk<'_> {
     /// Walks the chains of `count` buckets from `first` on.
     fn buckets(&mut self, first: VirtualAddress, count: u64) -> Result<(), ReadError> {
         let mut bytes = vec![0; (CHUNK * 8) as usize];
+        let before = self.diagnostics.recorded();
         let mut index = 0;
         while index < count {
+            if self.diagnostics.recorded().saturating_sub(before) > MOST_BROKEN {
+                self.complain(
+                    first,
+                    format!("given up after {index} of {count} buckets: the rest is not shown"),
+                );
+                return Ok(());
+            }
             let now = CHUNK.min(count - index);
             let part = bytes.get_mut(..(now * 8) as usize).unwrap_or_default();
             self.space.read(first.wrapping_add(index * 8), part)?;

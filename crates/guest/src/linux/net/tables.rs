@@ -28,6 +28,11 @@ const LISTENING_BASE: u64 = 1 << 29;
 /// More buckets than this has no table: the kernel's own limit for
 /// connections (`thash_entries`) is 2^19, for a namespace 2^24.
 const MOST_BUCKETS: u64 = 1 << 24;
+/// So many diagnostics of one array, and it is no array of chains: what is left
+/// of it is given up. A chain that changes while it is read makes one at most.
+const MOST_BROKEN: u64 = 256;
+/// More members than this have the chains of no array.
+const MOST_MEMBERS: u64 = 1 << 22;
 /// `2 * UNIX_HASH_SIZE`, alike in all kernels (`include/net/af_unix.h`).
 const UNIX_BUCKETS: u64 = 512;
 /// `MAX_LINKS` (`include/uapi/linux/netlink.h`).
@@ -270,13 +275,17 @@ impl<'g> Tables<'g> {
         }
     }
 
-    /// The members of all chains of an array.
+    /// The members of all chains of an array. All arrays have a power of two
+    /// of them, so that a mask picks one.
     fn chains(
         &self,
         chains: &Chains<'_>,
         visit: &mut dyn FnMut(VirtualAddress),
     ) -> Result<(), TableError> {
-        if chains.count > MOST_BUCKETS || !(8..=LARGEST_BUCKET).contains(&chains.stride) {
+        if !chains.count.is_power_of_two()
+            || chains.count > MOST_BUCKETS
+            || !(8..=LARGEST_BUCKET).contains(&chains.stride)
+        {
             let reason = format!("{} is no number of chains", chains.count);
             self.complain(chains.subject, Some(chains.first), &reason);
             return Ok(());
@@ -291,8 +300,20 @@ impl<'g> Tables<'g> {
         }
         let at_once = (CHUNK_BYTES / chains.stride).max(1);
         let mut bytes = vec![0; (at_once * chains.stride) as usize];
-        let mut bucket = 0;
+        let diagnostics = self.guest.diagnostics();
+        let before = diagnostics.recorded();
+        let (mut bucket, mut members) = (0, 0_u64);
         while bucket < chains.count {
+            let broken = diagnostics.recorded().saturating_sub(before);
+            if broken > MOST_BROKEN || members > MOST_MEMBERS {
+                let reason = format!(
+                    "given up after {bucket} of {} chains, {members} members and {broken} \
+                     diagnostics: the rest is not shown",
+                    chains.count
+                );
+                self.complain(chains.subject, Some(chains.first), &reason);
+                return Ok(());
+            }
             let now = at_once.min(chains.count - bucket);
             let start = chains.first.wrapping_add(bucket * chains.stride);
             let part = bytes
@@ -325,6 +346,10 @@ impl<'g> Tables<'g> {
                     chains.node,
                     end,
                 ) {
+                    members += 1;
+                    if members > MOST_MEMBERS {
+                        break;
+                    }
                     visit(member);
                 }
             }
