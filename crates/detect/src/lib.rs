@@ -1,0 +1,61 @@
+//! What hides in a guest, and what was changed in its kernel.
+//!
+//! A [`Detector`] compares views of one thing that must agree and hands out a
+//! [`Finding`] where they do not. The views are walked by `secmon-guest`, which
+//! knows no verdict; nothing here knows where the guest's bytes come from.
+//! [`check`] runs detectors, and on a running guest reports only what was
+//! found again and again.
+#![forbid(unsafe_code)]
+
+mod check;
+mod detector;
+mod finding;
+mod subject;
+
+pub use check::{Confirmation, DetectorReport, Outcome, Report, check};
+pub use detector::{DetectError, Detector};
+pub use finding::{Class, Evidence, Finding, Severity, Technique};
+pub use subject::Subject;
+
+/// All detectors, in the order in which they run and are documented.
+pub fn detectors() -> &'static [&'static dyn Detector] {
+    static DETECTORS: &[&dyn Detector] = &[];
+    DETECTORS
+}
+
+/// The detector of this name.
+pub fn detector(name: &str) -> Option<&'static dyn Detector> {
+    detectors()
+        .iter()
+        .copied()
+        .find(|detector| detector.name() == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn detectors_are_named_and_described() {
+        let mut names = BTreeSet::new();
+        for detector in detectors() {
+            let name = detector.name();
+            assert!(names.insert(name), "{name} is there twice");
+            assert!(
+                !name.is_empty() && name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'_')),
+                "{name} is not in snake_case"
+            );
+            for text in [
+                detector.meaning(),
+                detector.compares(),
+                detector.evaded_by(),
+                detector.cost(),
+            ] {
+                assert!(text.ends_with('.'), "{name}: {text:?} is no sentence");
+            }
+            assert!(!detector.techniques().is_empty(), "{name} has no technique");
+        }
+    }
+}
