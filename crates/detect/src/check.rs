@@ -367,7 +367,7 @@ mod tests {
         // Another thing at each look is nothing that stays.
         let (findings, detector) = reported(QUICK, |look| (vec![look.into()], Ok(())));
         assert!(findings.is_empty());
-        assert_eq!(detector.unconfirmed.len(), 6);
+        assert_eq!(detector.unconfirmed.len(), 5);
     }
 
     #[test]
