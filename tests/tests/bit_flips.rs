@@ -122,6 +122,23 @@ fn a_wrong_number_of_chains_ends_the_walk_soon() {
     );
 }
 
+/// A wrong pointer makes a table of descriptors of anything.
+#[test]
+fn a_wrong_table_of_descriptors_is_given_up_soon() {
+    let image = images::quiet_file(Suite::Bullseye).expect("an image");
+    let specimen = Specimen::new(&image).expect("an image that can be read");
+    let flips = specimen
+        .flips_of("init_files", "files_struct", "fdt")
+        .expect("the descriptors of kernel threads");
+    let mut noticed = 0;
+    for flip in &flips {
+        let report = specimen.try_flips(&[*flip]).expect("an image to write to");
+        check(Suite::Bullseye, &format!("at {flip:x?}"), 0, &report);
+        noticed += report.noticed;
+    }
+    assert!(noticed > 0, "no wrong pointer is noticed");
+}
+
 #[test]
 fn linux_5_10() {
     flip_bits(Suite::Bullseye);

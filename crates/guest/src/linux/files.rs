@@ -23,6 +23,9 @@ const TABLE: &str = "files";
 /// More descriptors than these are read of no process: the kernel's usual
 /// limit (`fs.nr_open`).
 const DESCRIPTOR_LIMIT: u64 = 1 << 20;
+/// So many descriptors of one process that can't be right, and what was taken
+/// for its table is none: the rest is given up.
+const MOST_BROKEN: usize = 256;
 
 /// Descriptors whose pointers are copied at once: a page of them.
 const CHUNK: usize = 512;
@@ -299,8 +302,21 @@ impl Reader<'_> {
         if let Some(references) = &mut self.references {
             references.program_of(task);
         }
+        let mut broken = 0;
         for (fd, file, close_on_exec) in entries {
-            let Some(row) = self.descriptor(task, fd, file, close_on_exec) else {
+            if broken > MOST_BROKEN {
+                let reason = format!("given up at descriptor {fd}: {broken} before it led nowhere");
+                self.record(task, "fdtable.fd", Some(task.files), &reason);
+                break;
+            }
+            let row = self.descriptor(task, fd, file, close_on_exec);
+            // One that is closed meanwhile has no row on a running guest.
+            let lost = match &row {
+                Some(row) => row.inode.is_err(),
+                None => !self.live,
+            };
+            broken += usize::from(lost);
+            let Some(row) = row else {
                 continue;
             };
             if let Some(references) = self.references.as_mut().filter(|_| first) {
@@ -405,6 +421,11 @@ impl Reader<'_> {
         }
         let mut pointers = [[0; 8]; CHUNK];
         for first in (0..count).step_by(CHUNK) {
+            if failures.len() > MOST_BROKEN {
+                let reason = format!("given up at descriptor {first} of {count}");
+                failures.push((table.files, reason));
+                break;
+            }
             let length = (count - first).min(CHUNK as u64) as usize;
             let address = table.files.wrapping_add(first * 8);
             let Some(chunk) = pointers.get_mut(..length) else {
