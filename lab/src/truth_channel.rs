@@ -183,6 +183,64 @@ impl TruthChannel {
         })
     }
 
+    /// Loads a specimen's module, with the addresses of symbols as parameters.
+    pub fn load_module(&self, name: &str, parameters: &str, symbols: &[&str]) -> Result<()> {
+        self.ask(&Request::LoadModule {
+            name: name.to_owned(),
+            parameters: parameters.to_owned(),
+            symbols: symbols.iter().map(|symbol| (*symbol).to_owned()).collect(),
+        })
+    }
+
+    /// Unloads a module.
+    pub fn unload_module(&self, name: &str) -> Result<()> {
+        self.ask(&Request::UnloadModule {
+            name: name.to_owned(),
+        })
+    }
+
+    /// Starts processes that look like something; the ids of the first one's
+    /// threads, its own at first.
+    pub fn start_role(&self, role: &str) -> Result<Vec<i32>> {
+        self.ask(&Request::StartRole {
+            role: role.to_owned(),
+        })
+    }
+
+    /// Ends them.
+    pub fn stop_role(&self, role: &str) -> Result<()> {
+        self.ask(&Request::StopRole {
+            role: role.to_owned(),
+        })
+    }
+
+    /// Writes to a file of the guest.
+    pub fn write_file(&self, path: &str, text: &str) -> Result<()> {
+        self.ask(&Request::WriteFile {
+            path: path.to_owned(),
+            text: text.to_owned(),
+        })
+    }
+
+    /// Whether there is such a file or folder.
+    pub fn exists(&self, path: &str) -> Result<bool> {
+        self.ask(&Request::Exists {
+            path: path.to_owned(),
+        })
+    }
+
+    /// Whether the kernel has a symbol.
+    pub fn has_symbol(&self, name: &str) -> Result<bool> {
+        self.ask(&Request::HasSymbol {
+            name: name.to_owned(),
+        })
+    }
+
+    /// Whether the kernel finds a process of that user in its list of tasks.
+    pub fn user_has_process(&self, uid: u32) -> Result<bool> {
+        self.ask(&Request::UserHasProcess { uid })
+    }
+
     /// Asks the guest to switch itself off, which ends QEMU; there is no
     /// answer to wait for.
     pub fn power_off(&self) -> Result<()> {

@@ -138,6 +138,55 @@ pub enum Request {
         /// How often.
         rounds: u32,
     },
+    /// Load a module of `/lib/specimens`.
+    LoadModule {
+        /// Its file's name without the ending.
+        name: String,
+        /// Its parameters, separated by spaces.
+        parameters: String,
+        /// Kernel symbols whose addresses it gets as parameters of their
+        /// names.
+        symbols: Vec<String>,
+    },
+    /// Unload a module.
+    UnloadModule {
+        /// Its name.
+        name: String,
+    },
+    /// Start processes that look like something; the answer is the ids of the
+    /// first one's threads, its own at first.
+    StartRole {
+        /// Like what.
+        role: String,
+    },
+    /// End them.
+    StopRole {
+        /// The role that was started.
+        role: String,
+    },
+    /// Write to a file.
+    WriteFile {
+        /// Its path.
+        path: String,
+        /// What is written, at once.
+        text: String,
+    },
+    /// Whether there is such a file or folder.
+    Exists {
+        /// Its path.
+        path: String,
+    },
+    /// Whether the kernel has a symbol.
+    HasSymbol {
+        /// Its name.
+        name: String,
+    },
+    /// Whether the kernel, asked for the priority of a user's processes, finds
+    /// one: it looks through the list of tasks, where `/proc` does not.
+    UserHasProcess {
+        /// The user.
+        uid: u32,
+    },
     /// Switch the guest off; there is no reply.
     Exit,
 }

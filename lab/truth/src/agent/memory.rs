@@ -67,9 +67,10 @@ pub fn map(
     Ok(address as usize)
 }
 
-/// `mprotect(2)` of memory that [`map`] gave and nobody refers to.
+/// `mprotect(2)` of memory that [`map`] gave and nobody refers to, or of code
+/// that stays executable.
 pub fn protect(address: usize, length: usize, protection: libc::c_int) -> io::Result<()> {
-    // SAFETY: no reference into the mapping exists.
+    // SAFETY: no reference into the mapping exists, or code stays as it is.
     sys::check(unsafe { libc::mprotect(address as *mut libc::c_void, length, protection) })
         .map(drop)
 }
@@ -95,8 +96,25 @@ pub fn fill(address: usize, length: usize, byte: u8) {
 
 /// Copies bytes into writable memory.
 pub fn store(address: usize, bytes: &[u8]) {
-    // SAFETY: as for `fill`.
+    // SAFETY: as for `fill`; or a function that nothing calls.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) }
+}
+
+/// Changes a byte of this program's own code, in a function that nothing
+/// calls. The page becomes this process's alone.
+pub fn change_code() -> io::Result<()> {
+    let place = never_called as *const () as usize;
+    let page = place / PAGE * PAGE;
+    let code = libc::PROT_READ | libc::PROT_EXEC;
+    protect(page, PAGE, code | libc::PROT_WRITE)?;
+    store(place, &[0xcc]);
+    protect(page, PAGE, code)
+}
+
+/// What [`change_code`] changes.
+#[inline(never)]
+extern "C" fn never_called() {
+    std::hint::black_box(0u8);
 }
 
 /// `mlock(2)`.

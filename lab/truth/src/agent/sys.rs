@@ -90,6 +90,25 @@ pub fn load_module(file: RawFd, parameters: &str) -> io::Result<()> {
         .map(drop)
 }
 
+/// `delete_module(2)`.
+pub fn unload_module(name: &str) -> io::Result<()> {
+    let name = c_string(name)?;
+    // SAFETY: a NUL-terminated string.
+    check_long(unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) })
+        .map(drop)
+}
+
+/// Whether the kernel finds a process of a user, by the system call of
+/// `getpriority(2)`: `ESRCH` if not.
+pub fn user_has_process(uid: u32) -> io::Result<bool> {
+    // SAFETY: no memory is involved.
+    match check_long(unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_USER, uid) }) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Switches the guest off at once.
 pub fn power_off() -> ! {
     // SAFETY: no memory is involved.

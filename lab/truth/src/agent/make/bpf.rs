@@ -39,14 +39,7 @@ pub fn processes(reports: &mut Reports) -> io::Result<()> {
             map("lab_ring", MAP_TYPE_RING_BUFFER, 0, 0, 4096).map(forget)
         });
         attempt(failures, "socket filter", || {
-            let filter = program("lab_filter", PROGRAM_TYPE_SOCKET_FILTER, hash.as_ref())?;
-            let socket = UdpSocket::bind("127.0.0.1:5005")?;
-            let fd = filter.as_raw_fd().to_ne_bytes();
-            sys::set_socket_option(&socket, libc::SOL_SOCKET, libc::SO_ATTACH_BPF, &fd)?;
-            // The socket alone keeps it from here on.
-            drop(filter);
-            forget(socket);
-            Ok(())
+            filter_socket(5005, hash.as_ref())
         });
         attempt(failures, "cgroup program", || {
             let program = program("lab_ingress", PROGRAM_TYPE_CGROUP_SKB, None)?;
@@ -70,6 +63,22 @@ pub fn processes(reports: &mut Reports) -> io::Result<()> {
         }
         Ok(())
     })?;
+    Ok(())
+}
+
+/// A socket whose packets a program sees, which takes all.
+pub fn filtered_socket(port: u16) -> io::Result<()> {
+    filter_socket(port, None)
+}
+
+fn filter_socket(port: u16, map: Option<&OwnedFd>) -> io::Result<()> {
+    let filter = program("lab_filter", PROGRAM_TYPE_SOCKET_FILTER, map)?;
+    let socket = UdpSocket::bind(("127.0.0.1", port))?;
+    let fd = filter.as_raw_fd().to_ne_bytes();
+    sys::set_socket_option(&socket, libc::SOL_SOCKET, libc::SO_ATTACH_BPF, &fd)?;
+    // The socket alone keeps it from here on.
+    drop(filter);
+    forget(socket);
     Ok(())
 }
 

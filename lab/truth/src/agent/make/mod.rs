@@ -17,6 +17,7 @@ mod plain;
 mod programs;
 mod report;
 mod sockets;
+mod specimens;
 mod states;
 mod swap;
 mod threads;
@@ -34,6 +35,7 @@ use super::sys;
 use report::Reports;
 
 pub use programs::{play, role};
+pub use specimens::Specimens;
 
 /// The program that roles execute: this one, under another name.
 const WORKER: &str = "/bin/lab-worker";

@@ -35,6 +35,11 @@ pub fn play(role: &OsStr) -> ! {
     if let Some(name) = role.strip_prefix("container:") {
         containers::inside(name);
     }
+    if let Some(name) = role.strip_prefix("specimen:") {
+        // Its new name is the sign that it stands.
+        sys::set_name(name.as_bytes());
+        sys::rest();
+    }
     let mut failures = Vec::new();
     let outcome = match role.as_str() {
         "exe-deleted" => fs::remove_file("/tmp/deleted program"),
@@ -230,13 +235,19 @@ fn start(program: &OsStr, arguments: &[Vec<u8>], environment: &[Vec<u8>]) -> io:
 
 /// Executes a copy of this program that has no name anywhere.
 fn from_memory() -> io::Result<()> {
+    Err(execute_from_memory("exe-memfd")?)
+}
+
+/// Executes a role in a copy of this program that has no name anywhere; back
+/// only with the reason why not.
+pub fn execute_from_memory(role: &str) -> io::Result<io::Error> {
     let memory = sys::memfd(b"hidden program", 0)?;
     let mut file = fs::File::from(memory.try_clone()?);
     io::copy(&mut fs::File::open(WORKER)?, &mut file)?;
     drop(file);
     let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
-    Err(execute(
-        "exe-memfd",
+    Ok(execute(
+        role,
         OsStr::new(&path),
         &words(&["[kworker/u8:3]"]),
         &[],
