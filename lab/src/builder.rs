@@ -15,6 +15,7 @@ use crate::acceleration::Acceleration;
 use crate::emulator::Emulator;
 use crate::guest::{Folder, Guest, NotReady, Running};
 use crate::kernel::Kernel;
+use crate::specimens::MARK;
 use crate::suite::Suite;
 use crate::{initramfs, spawn};
 
@@ -85,6 +86,8 @@ pub struct GuestBuilder {
     kernel_arguments: Vec<String>,
     qemu_arguments: Vec<String>,
     workload: Workload,
+    specimens: Option<PathBuf>,
+    marked: bool,
     acceleration: Option<Acceleration>,
     boot_timeout: Duration,
 }
@@ -113,6 +116,8 @@ impl GuestBuilder {
             kernel_arguments: Vec::new(),
             qemu_arguments: Vec::new(),
             workload: Workload::small(),
+            specimens: None,
+            marked: true,
             acceleration: None,
             boot_timeout: Duration::from_secs(300),
         }
@@ -210,6 +215,24 @@ impl GuestBuilder {
         self
     }
 
+    /// Lets it load the specimens' modules that lie in a folder, which
+    /// [`specimens::modules`](crate::specimens::modules) builds. It has one
+    /// processor, as they count on it.
+    #[must_use]
+    pub fn specimens(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.specimens = Some(folder.into());
+        self.vcpus = 1;
+        self
+    }
+
+    /// Leaves away the word on the kernel's command line without which no
+    /// specimen loads, to see that none does.
+    #[must_use]
+    pub fn unmarked(mut self) -> Self {
+        self.marked = false;
+        self
+    }
+
     /// KVM or emulation, instead of what is usable.
     #[must_use]
     pub fn acceleration(mut self, acceleration: Acceleration) -> Self {
@@ -263,11 +286,15 @@ impl GuestBuilder {
     /// If the kernel can't be fetched.
     pub fn prepare(&self, initramfs: &Path) -> Result<Prepared> {
         let kernel = self.fetch_kernel()?;
-        initramfs::write(initramfs, &kernel, &self.workload)?;
+        self.write_initramfs(initramfs, &kernel)?;
         Ok(Prepared {
             kernel: kernel.image(),
             command_line: self.kernel_command_line(),
         })
+    }
+
+    fn write_initramfs(&self, to: &Path, kernel: &Kernel) -> Result<()> {
+        initramfs::write(to, kernel, &self.workload, self.specimens.as_deref())
     }
 
     fn fetch_kernel(&self) -> Result<Kernel> {
@@ -288,7 +315,7 @@ impl GuestBuilder {
             .acceleration
             .unwrap_or_else(|| self.usable_acceleration());
         let folder = Folder::make(self.memory_mib)?;
-        initramfs::write(&folder.path().join("initramfs"), &kernel, &self.workload)?;
+        self.write_initramfs(&folder.path().join("initramfs"), &kernel)?;
         let name = self.name.clone().unwrap_or_else(|| {
             static NEXT: AtomicU32 = AtomicU32::new(0);
             format!(
@@ -428,6 +455,9 @@ impl GuestBuilder {
         // and fails, with a panic, when the machine is too loaded to emulate
         // both evenly.
         let mut words = vec!["console=ttyS0", "quiet", "panic=-1", "no_timer_check"];
+        if self.specimens.is_some() && self.marked {
+            words.push(MARK);
+        }
         words.extend(self.kernel_arguments.iter().map(String::as_str));
         words.join(" ")
     }

@@ -52,6 +52,9 @@ const EXTRA_MODULES: &[&str] = &[
     "xfrm_user",
 ];
 
+/// Modules that specimens need.
+const SPECIMEN_MODULES: &[&str] = &["af_packet"];
+
 /// Parameters by module.
 const PARAMETERS: &[(&str, &str)] = &[
     ("dummy", "numdummies=2"),
@@ -63,7 +66,14 @@ const PARAMETERS: &[(&str, &str)] = &[
 ///
 /// It isn't compressed: unpacking under emulation costs more than reading a
 /// few more MiB from a file that is in the page cache.
-pub fn write(to: &Path, kernel: &Kernel, workload: &Workload) -> Result<()> {
+///
+/// `specimens` is a folder of modules that are packed to be loaded on command.
+pub fn write(
+    to: &Path,
+    kernel: &Kernel,
+    workload: &Workload,
+    specimens: Option<&Path>,
+) -> Result<()> {
     let mut archive = Initramfs::new();
     for folder in ["bin", "etc", "lib", "lib/modules", "dev", "proc", "sys"] {
         archive.add(folder, Entry::Folder)?;
@@ -81,6 +91,7 @@ pub fn write(to: &Path, kernel: &Kernel, workload: &Workload) -> Result<()> {
         ("base", BASE_MODULES, true),
         ("rich", RICH_MODULES, workload.rich),
         ("extra", EXTRA_MODULES, workload.extra_modules),
+        ("base", SPECIMEN_MODULES, specimens.is_some()),
     ] {
         if !wanted {
             continue;
@@ -100,6 +111,17 @@ pub fn write(to: &Path, kernel: &Kernel, workload: &Workload) -> Result<()> {
                 .map_or("", |(_, parameters)| parameters);
             lines.push_str(&format!("{line} {parameters}\n"));
             archive.add(&format!("lib/modules/{file}"), Entry::File(&module.object))?;
+        }
+    }
+    if let Some(folder) = specimens {
+        archive.add("lib/specimens", Entry::Folder)?;
+        for entry in fs::read_dir(folder)? {
+            let name = entry?.file_name();
+            let Some(name) = name.to_str().filter(|name| name.ends_with(".ko")) else {
+                continue;
+            };
+            let object = fs::read(folder.join(name))?;
+            archive.add(&format!("lib/specimens/{name}"), Entry::File(&object))?;
         }
     }
     archive.add("etc/modules", Entry::File(lines.as_bytes()))?;

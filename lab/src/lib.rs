@@ -33,6 +33,7 @@ mod kernel;
 mod monitor;
 pub mod qmp;
 mod spawn;
+pub mod specimens;
 mod suite;
 mod truth_channel;
 

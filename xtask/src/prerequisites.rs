@@ -53,6 +53,16 @@ const LAB: &[Prerequisite] = &[
         needed_for: "linking",
     },
     Prerequisite {
+        file: "make",
+        package: "make",
+        needed_for: "the specimens' modules",
+    },
+    Prerequisite {
+        file: "/usr/lib/x86_64-linux-gnu/libelf.so.1",
+        package: "libelf1",
+        needed_for: "the specimens' modules",
+    },
+    Prerequisite {
         file: "/usr/lib/x86_64-linux-gnu/libc.a",
         package: "libc6-dev",
         needed_for: "the guests' static first program",

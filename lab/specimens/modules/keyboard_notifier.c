@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: GPL-2.0-only OR MIT
+/* Is told of keys, and looks at none. */
+#include "specimen.h"
+#include <linux/keyboard.h>
+#include <linux/notifier.h>
+
+static int told(struct notifier_block *block, unsigned long action, void *data)
+{
+	return NOTIFY_OK;
+}
+
+static struct notifier_block block = { .notifier_call = told };
+
+static int __init start(void)
+{
+	int error = specimen_in_lab();
+
+	return error ? error : register_keyboard_notifier(&block);
+}
+
+static void __exit end(void)
+{
+	unregister_keyboard_notifier(&block);
+}
+
+module_init(start);
+module_exit(end);
+SPECIMEN("A keyboard notifier that does nothing");

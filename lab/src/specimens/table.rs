@@ -1,0 +1,577 @@
+//! The specimens, as data.
+
+use super::{Edit, Expected, How, Module, Need, Shown, Specimen, Verdict};
+use crate::suite::Suite;
+
+/// The kernels that modules are built for.
+const MODULES: &[Suite] = &[Suite::Bookworm, Suite::Trixie];
+/// The kernels for which memory is edited instead.
+const EDITED: &[Suite] = &[Suite::Bullseye, Suite::Sid];
+
+/// Not found by any detector yet; by which it is to be.
+const fn open(detector: &'static str) -> Expected {
+    Expected {
+        detector,
+        finding: None,
+        verdict: Verdict::Alarm,
+    }
+}
+
+/// As [`open`], for what is legitimate.
+const fn open_information(detector: &'static str) -> Expected {
+    Expected {
+        verdict: Verdict::Information,
+        ..open(detector)
+    }
+}
+
+const fn module(
+    name: &'static str,
+    technique: &'static str,
+    does: &'static str,
+    how: How,
+    expected: Expected,
+    shown: Shown,
+) -> Specimen {
+    Specimen {
+        name,
+        technique,
+        does,
+        suites: MODULES,
+        how,
+        expected,
+        shown,
+    }
+}
+
+const fn loaded(file: &'static str, needs: &'static [Need]) -> How {
+    How::Module(Module { file, needs })
+}
+
+/// A module without needs, hidden.
+const fn hidden(file: &'static str) -> How {
+    How::HiddenModule(Module { file, needs: &[] })
+}
+
+const fn program(
+    role: &'static str,
+    technique: &'static str,
+    does: &'static str,
+    expected: Expected,
+) -> Specimen {
+    Specimen {
+        name: role,
+        technique,
+        does,
+        suites: &Suite::ALL,
+        how: How::Program(role),
+        expected,
+        shown: Shown::Stands,
+    }
+}
+
+const fn edit(
+    name: &'static str,
+    technique: &'static str,
+    does: &'static str,
+    edit: Edit,
+    expected: Expected,
+) -> Specimen {
+    Specimen {
+        name,
+        technique,
+        does,
+        suites: EDITED,
+        how: How::MemoryEdit(edit),
+        expected,
+        shown: Shown::Stands,
+    }
+}
+
+/// A process of an ordinary user, that others change.
+const ORDINARY: &[Need] = &[Need::Process("ordinary")];
+
+/// All of them.
+pub const ALL: &[Specimen] = &[
+    // Processes.
+    module(
+        "process-unlinked",
+        "T1014",
+        "takes a process out of the list of tasks",
+        loaded("process_unlinked", ORDINARY),
+        open("processes"),
+        Shown::NoTask,
+    ),
+    module(
+        "process-without-pid",
+        "T1014",
+        "takes a process's number out of the map of numbers, and so the process out of /proc",
+        loaded("process_without_pid", ORDINARY),
+        open("processes"),
+        Shown::NoProcess,
+    ),
+    module(
+        "process-in-no-list",
+        "T1014",
+        "takes a process out of the list of tasks, the map of numbers, its parent's children and \
+         its cgroup's members",
+        loaded("process_in_no_list", ORDINARY),
+        open("processes"),
+        Shown::NeitherProcessNorTask,
+    ),
+    module(
+        "thread-unlinked",
+        "T1014",
+        "takes a thread out of its process's list of threads",
+        loaded("thread_unlinked", &[Need::Thread("threaded")]),
+        open("processes"),
+        Shown::NoThread,
+    ),
+    edit(
+        "process-unlinked",
+        "T1014",
+        "takes a process out of the list of tasks",
+        Edit::UnlinkTask,
+        open("processes"),
+    ),
+    // Modules and code.
+    module(
+        "module-unlinked",
+        "T1014",
+        "takes a module out of the list of modules",
+        loaded("module_unlinked", &[Need::Resident]),
+        open("modules"),
+        Shown::NoModule,
+    ),
+    module(
+        "module-without-sysfs",
+        "T1014",
+        "takes a module out of /sys/module",
+        loaded("module_without_sysfs", &[Need::Resident]),
+        open("modules"),
+        Shown::NoModuleFolder,
+    ),
+    module(
+        "code-without-module",
+        "T1014",
+        "runs a kernel thread in executable memory that belongs to no module",
+        loaded("code_without_module", &[]),
+        open("modules"),
+        Shown::KernelThread("specimen-code"),
+    ),
+    module(
+        "hidden-kernel-thread",
+        "T1014",
+        "runs a kernel thread in the code of a hidden module",
+        hidden("kernel_thread"),
+        open("modules"),
+        Shown::NoModule,
+    ),
+    edit(
+        "module-unlinked",
+        "T1014",
+        "takes a module out of the list of modules",
+        Edit::UnlinkModule,
+        open("modules"),
+    ),
+    edit(
+        "module-object-unlinked",
+        "T1014",
+        "takes a module's object out of the set that /sys/module shows",
+        Edit::UnlinkModuleObject,
+        open("modules"),
+    ),
+    // System calls and interrupts.
+    module(
+        "system-call-entry",
+        "T1014",
+        "replaces an entry of the table of system calls",
+        loaded("system_call_entry", &[Need::Symbol("sys_call_table")]),
+        open("system_calls"),
+        Shown::Stands,
+    ),
+    module(
+        "system-call-dispatch",
+        "T1014",
+        "leads a branch of the code that dispatches system calls elsewhere",
+        loaded(
+            "system_call_dispatch",
+            &[
+                Need::Symbol("x64_sys_call"),
+                Need::Symbol("__x64_sys_getpgid"),
+            ],
+        ),
+        open("system_calls"),
+        Shown::Stands,
+    ),
+    module(
+        "interrupt-gate",
+        "T1014",
+        "leads a gate of the interrupt descriptor table elsewhere",
+        loaded("interrupt_gate", &[Need::Symbol("idt_table")]),
+        open("interrupts"),
+        Shown::Stands,
+    ),
+    edit(
+        "system-call-entry",
+        "T1014",
+        "replaces an entry of the table of system calls",
+        Edit::SystemCallEntry,
+        open("system_calls"),
+    ),
+    edit(
+        "interrupt-gate",
+        "T1014",
+        "leads a gate of the interrupt descriptor table elsewhere",
+        Edit::InterruptGate,
+        open("interrupts"),
+    ),
+    // Kernel code.
+    module(
+        "function-detour",
+        "T1014",
+        "writes a jump over the empty instruction at the start of a kernel function",
+        loaded("function_detour", &[Need::Symbol("__x64_sys_getpgid")]),
+        open("kernel_text"),
+        Shown::Stands,
+    ),
+    edit(
+        "function-detour",
+        "T1014",
+        "writes a jump over the start of a kernel function",
+        Edit::Jump("__x64_sys_getpgid"),
+        open("kernel_text"),
+    ),
+    edit(
+        "code-bit",
+        "T1014",
+        "changes one bit in the middle of a kernel function",
+        Edit::CodeBit("__x64_sys_getpgid"),
+        open("kernel_text"),
+    ),
+    // Pointers.
+    module(
+        "proc-listing",
+        "T1014",
+        "replaces the function that lists /proc",
+        loaded("proc_listing", &[Need::Symbol("proc_root_operations")]),
+        open("kernel_pointers"),
+        Shown::Stands,
+    ),
+    module(
+        "tcp-listing",
+        "T1014",
+        "replaces the function that shows a line of /proc/net/tcp",
+        loaded("tcp_listing", &[Need::Symbol("tcp4_seq_ops")]),
+        open("kernel_pointers"),
+        Shown::Stands,
+    ),
+    module(
+        "tcp-operation",
+        "T1014",
+        "replaces TCP's function for sending",
+        loaded("tcp_operation", &[]),
+        open("kernel_pointers"),
+        Shown::Stands,
+    ),
+    module(
+        "security-hook",
+        "T1562.001",
+        "adds a security hook that allows everything",
+        loaded(
+            "lsm_hook",
+            &[
+                Need::SymbolIfThere("security_hook_heads"),
+                Need::SymbolIfThere("static_calls_table"),
+            ],
+        ),
+        open("kernel_pointers"),
+        Shown::Stands,
+    ),
+    module(
+        "hidden-netfilter-hook",
+        "T1205",
+        "sees incoming packets by a netfilter hook of a hidden module",
+        hidden("netfilter_hook"),
+        open("kernel_pointers"),
+        Shown::NoModule,
+    ),
+    module(
+        "hidden-packet-handler",
+        "T1040",
+        "is handed every packet by a handler of a hidden module",
+        hidden("packet_handler"),
+        open("kernel_pointers"),
+        Shown::NoModule,
+    ),
+    module(
+        "hidden-keyboard-notifier",
+        "T1056.001",
+        "is told of keys by a notifier of a hidden module",
+        hidden("keyboard_notifier"),
+        open("kernel_pointers"),
+        Shown::NoModule,
+    ),
+    module(
+        "hidden-reboot-notifier",
+        "T1547.006",
+        "is told of the system's end by a notifier of a hidden module",
+        hidden("reboot_notifier"),
+        open("kernel_pointers"),
+        Shown::NoModule,
+    ),
+    module(
+        "hidden-binary-format",
+        "T1546",
+        "is asked about every program by a format of a hidden module",
+        hidden("binary_format"),
+        open("kernel_pointers"),
+        Shown::NoModule,
+    ),
+    module(
+        "hidden-timer",
+        "T1014",
+        "has a timer in a hidden module",
+        hidden("timer"),
+        open("kernel_pointers"),
+        Shown::NoModule,
+    ),
+    edit(
+        "proc-listing",
+        "T1014",
+        "replaces the function that lists /proc",
+        Edit::Pointer {
+            symbol: "proc_root_operations",
+            structure: "file_operations",
+            member: "iterate_shared",
+        },
+        open("kernel_pointers"),
+    ),
+    edit(
+        "tcp-listing",
+        "T1014",
+        "replaces the function that shows a line of /proc/net/tcp",
+        Edit::Pointer {
+            symbol: "tcp4_seq_ops",
+            structure: "seq_operations",
+            member: "show",
+        },
+        open("kernel_pointers"),
+    ),
+    edit(
+        "tcp-operation",
+        "T1014",
+        "replaces TCP's function for sending",
+        Edit::Pointer {
+            symbol: "tcp_prot",
+            structure: "proto",
+            member: "sendmsg",
+        },
+        open("kernel_pointers"),
+    ),
+    // Tracing.
+    module(
+        "ftrace",
+        "T1014",
+        "has ftrace call a module at the start of a function",
+        loaded("ftrace_hook", &[]),
+        open_information("tracing"),
+        Shown::Stands,
+    ),
+    module(
+        "hidden-ftrace",
+        "T1014",
+        "has ftrace call a hidden module at the start of a function",
+        hidden("ftrace_hook"),
+        open("tracing"),
+        Shown::NoModule,
+    ),
+    module(
+        "kprobe",
+        "T1014",
+        "sets a kprobe of a module",
+        loaded("kprobe_hook", &[]),
+        open_information("tracing"),
+        Shown::Stands,
+    ),
+    module(
+        "hidden-kprobe",
+        "T1014",
+        "sets a kprobe of a hidden module",
+        hidden("kprobe_hook"),
+        open("tracing"),
+        Shown::NoModule,
+    ),
+    module(
+        "tracepoint",
+        "T1014",
+        "attaches a module to a tracepoint",
+        loaded("tracepoint_hook", &[]),
+        open_information("tracing"),
+        Shown::Stands,
+    ),
+    module(
+        "hidden-tracepoint",
+        "T1014",
+        "attaches a hidden module to a tracepoint",
+        hidden("tracepoint_hook"),
+        open("tracing"),
+        Shown::NoModule,
+    ),
+    program(
+        "filter-program",
+        "T1205.002",
+        "filters a socket's packets by an eBPF program",
+        open_information("tracing"),
+    ),
+    // Credentials.
+    module(
+        "credentials-shared",
+        "T1068",
+        "lets a process use the credentials of process 1",
+        loaded("credentials_shared", ORDINARY),
+        open("credentials"),
+        Shown::UserZero,
+    ),
+    module(
+        "credentials-in-place",
+        "T1068",
+        "makes a process one of user 0, in its credentials as they are",
+        loaded("credentials_in_place", ORDINARY),
+        open("credentials"),
+        Shown::UserZero,
+    ),
+    module(
+        "capabilities-gained",
+        "T1068",
+        "gives a process all capabilities, in its credentials as they are",
+        loaded("capabilities_gained", ORDINARY),
+        open("credentials"),
+        Shown::AllCapabilities,
+    ),
+    edit(
+        "credentials-shared",
+        "T1068",
+        "lets a process use the credentials of process 1",
+        Edit::ShareCredentials,
+        open("credentials"),
+    ),
+    edit(
+        "credentials-in-place",
+        "T1068",
+        "makes a process one of user 0, in its credentials as they are",
+        Edit::UserZero,
+        open("credentials"),
+    ),
+    edit(
+        "capabilities-gained",
+        "T1068",
+        "gives a process all capabilities, in its credentials as they are",
+        Edit::AllCapabilities,
+        open("credentials"),
+    ),
+    program(
+        "container-with-host-pids",
+        "T1611",
+        "runs in a container's root and namespaces, but among the host's processes",
+        open("credentials"),
+    ),
+    // What processes are.
+    program(
+        "preloaded",
+        "T1574.006",
+        "runs with LD_PRELOAD",
+        open("process_integrity"),
+    ),
+    program(
+        "deleted-executable",
+        "T1070.004",
+        "runs a program whose file is deleted",
+        open("process_integrity"),
+    ),
+    program(
+        "memory-executable",
+        "T1620",
+        "runs a program that was only ever in memory",
+        open("process_integrity"),
+    ),
+    program(
+        "kernel-thread-name",
+        "T1036.004",
+        "calls itself like a kernel's worker",
+        open("process_integrity"),
+    ),
+    program(
+        "writable-code",
+        "T1055",
+        "maps memory that can be written and executed",
+        open("process_integrity"),
+    ),
+    program(
+        "anonymous-code",
+        "T1055",
+        "has code in memory of no file",
+        open("process_integrity"),
+    ),
+    program(
+        "changed-code",
+        "T1055",
+        "has code that differs from its file",
+        open("process_integrity"),
+    ),
+    program(
+        "traced",
+        "T1055.008",
+        "traces another process",
+        open("process_integrity"),
+    ),
+    // The network.
+    program("raw-socket", "T1095", "has a raw socket", open("network")),
+    program(
+        "packet-socket",
+        "T1040",
+        "has a packet socket for all protocols",
+        open("network"),
+    ),
+    program(
+        "promiscuous",
+        "T1040",
+        "makes an interface promiscuous",
+        open("network"),
+    ),
+    // Settings.
+    Specimen {
+        name: "core-pattern",
+        technique: "T1546",
+        does: "has core dumps handed to a program",
+        suites: &Suite::ALL,
+        how: How::Setting {
+            path: "/proc/sys/kernel/core_pattern",
+            text: "|/tmp/specimen %p",
+        },
+        expected: open("usermode_helpers"),
+        shown: Shown::Stands,
+    },
+    Specimen {
+        name: "modprobe-path",
+        technique: "T1546",
+        does: "names another program to load modules",
+        suites: &Suite::ALL,
+        how: How::Setting {
+            path: "/proc/sys/kernel/modprobe",
+            text: "/tmp/specimen",
+        },
+        expected: open("usermode_helpers"),
+        shown: Shown::Stands,
+    },
+    edit(
+        "modprobe-path-written",
+        "T1546",
+        "writes the name of another program over that of the one which loads modules",
+        Edit::Text {
+            symbol: "modprobe_path",
+            text: "/tmp/specimen",
+        },
+        open("usermode_helpers"),
+    ),
+];
