@@ -414,10 +414,12 @@ impl Specimen {
 /// Whether the rows of a table are objects of the guest. The rows of `types`
 /// and `symbols` are the names and numbers of a build, any of which a flipped
 /// bit turns into another one; of these tables it is only asked that they end.
+/// The rows of `changed_code` are differences between two pages: a flip in a page
+/// table makes one, and the row is true.
 /// Nor is the number of a process's environment strings one of objects: it is
 /// that of the zero bytes in its memory.
 fn lists_objects(table: &dyn Table) -> bool {
-    !matches!(table.name(), "types" | "symbols")
+    !matches!(table.name(), "types" | "symbols" | "changed_code")
 }
 
 fn guest_of(kernel: &Kernel, memory: Arc<dyn PhysicalMemory>) -> Guest {

@@ -26,6 +26,7 @@ const SUBJECTS: [(&str, &[&str]); 5] = [
             "threads",
             "files",
             "maps",
+            "changed_code",
             "env",
             "credentials",
         ],

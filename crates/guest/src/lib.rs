@@ -38,6 +38,7 @@ pub fn tables() -> &'static [&'static dyn Table] {
         &diagnostic_table::DIAGNOSTICS,
         &linux::files::FILES,
         &linux::maps::MAPS,
+        &linux::changed_code::CHANGED_CODE,
         &linux::mounts::MOUNTS,
         &linux::env::ENV,
         &linux::info::INFO,

@@ -5,6 +5,7 @@
 pub(crate) mod ahead;
 pub mod bpf;
 pub mod cgroup;
+pub mod changed_code;
 pub mod clock;
 pub mod command_name;
 pub mod cred;
@@ -28,6 +29,7 @@ pub mod namespace;
 pub mod namespaces;
 pub mod net;
 pub mod owner;
+pub mod page_cache;
 pub mod path;
 pub mod per_cpu;
 pub mod pid;
