@@ -243,6 +243,14 @@ impl<R: 'static> Table for TableOf<R> {
 }
 
 impl<R: 'static> TableOf<R> {
+    /// The row of one item, with the names of the columns.
+    pub(crate) fn row(&self, guest: &Guest, item: &R) -> Vec<(&'static str, Value)> {
+        let columns = self.columns.iter();
+        columns
+            .map(|column| (column.name, (column.value)(guest, item)))
+            .collect()
+    }
+
     /// How the rows of a request are made, and which.
     fn wanted(&self, request: &Request) -> (RowMaker<'_, R>, Selection) {
         let columns: Vec<&Column<R>> = match &request.columns {

@@ -51,4 +51,5 @@ pub mod tree;
 pub mod tty;
 pub mod types;
 pub mod user;
+pub mod views;
 pub mod xarray;

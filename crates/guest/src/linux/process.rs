@@ -98,6 +98,22 @@ pub fn for_each_thread(
     Ok(())
 }
 
+/// The process or thread at `address`, whether any list has it or not.
+///
+/// # Errors
+/// Why there is none.
+pub(crate) fn at(
+    guest: &Guest,
+    table: &'static str,
+    address: VirtualAddress,
+) -> Result<Process, String> {
+    let listing = Listing::new(guest, table).map_err(|error| error.to_string())?;
+    let task = Task::read(guest, &listing.task, address, Membership::Anywhere);
+    let task = task.map_err(|error| error.to_string())?;
+    let process = Process::read(guest, &listing, task, Membership::Anywhere);
+    process.ok_or_else(|| format!("the task at {address} changed during each read"))
+}
+
 impl Process {
     /// Reads what belongs to `task`, again while it changes; none if the task
     /// went away meanwhile or never held still, which is a diagnostic.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use secmon_memory::Volatility;
+use secmon_memory::{VirtualAddress, Volatility};
 
 use crate::linux::ahead;
 use crate::linux::cred::{Cred, capability_digits, capability_names};
@@ -610,6 +610,19 @@ fn processes(
         return ahead::touching(guest, &listing, rows);
     }
     rows()
+}
+
+/// The row of the process whose first thread lies at `address`, whether it is
+/// in the list of processes or not.
+///
+/// # Errors
+/// Why there is no row.
+pub fn row_at(
+    guest: &Guest,
+    address: VirtualAddress,
+) -> Result<Vec<(&'static str, Value)>, String> {
+    let process = process::at(guest, TABLE, address)?;
+    Ok(ONE_BY_ONE.row(guest, &process))
 }
 
 fn layout(process: &Process) -> &TaskLayout {

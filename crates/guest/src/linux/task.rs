@@ -230,6 +230,8 @@ pub enum Membership {
     Processes,
     /// The threads of its process (`task_struct.thread_node`).
     Threads,
+    /// None: it was found otherwise.
+    Anywhere,
 }
 
 /// A validated copy of a `task_struct`.
@@ -415,6 +417,7 @@ impl Task {
         let member = match membership {
             Membership::Processes => &self.model.layout.tasks,
             Membership::Threads => &self.model.layout.thread_node,
+            Membership::Anywhere => return true,
         };
         let node = self.address.wrapping_add(member.offset);
         let space = guest.space();

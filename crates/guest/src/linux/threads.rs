@@ -1,5 +1,7 @@
 //! The table `threads`.
 
+use secmon_memory::VirtualAddress;
+
 use crate::linux::listing::Listing;
 use crate::linux::process::{self, Process};
 use crate::linux::processes::{column, number, policy, signed, state};
@@ -184,6 +186,19 @@ pub static THREADS: TableOf<Process> = TableOf {
     ],
     items: threads,
 };
+
+/// The row of the thread at `address`, whether it is in the list of its
+/// process's threads or not.
+///
+/// # Errors
+/// Why there is no row.
+pub fn row_at(
+    guest: &Guest,
+    address: VirtualAddress,
+) -> Result<Vec<(&'static str, Value)>, String> {
+    let thread = process::at(guest, TABLE, address)?;
+    Ok(THREADS.row(guest, &thread))
+}
 
 fn layout(thread: &Process) -> &TaskLayout {
     &thread.task.model().layout
