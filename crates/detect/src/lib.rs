@@ -10,6 +10,7 @@
 mod check;
 mod detector;
 mod finding;
+pub mod processes;
 mod subject;
 
 pub use check::{Confirmation, DetectorReport, Outcome, Report, check};
@@ -19,7 +20,7 @@ pub use subject::Subject;
 
 /// All detectors, in the order in which they run and are documented.
 pub fn detectors() -> &'static [&'static dyn Detector] {
-    static DETECTORS: &[&dyn Detector] = &[];
+    static DETECTORS: &[&dyn Detector] = &[&processes::PROCESSES];
     DETECTORS
 }
 
