@@ -180,6 +180,7 @@ impl MonitorVm {
                 key: client.public(),
             }],
             targets,
+            channels: 1,
             limits: Limits {
                 poll_ms: 200,
                 ..Limits::default()

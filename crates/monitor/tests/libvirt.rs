@@ -68,7 +68,10 @@ fn a_monitors_domain_is_valid() {
         initramfs: PathBuf::from("/var/lib/secmon/initramfs"),
         kernel_arguments: "console=ttyS0 quiet".into(),
         configuration: PathBuf::from("/run/secmon/web1/configuration.json"),
-        channel: PathBuf::from("/run/secmon/web1/channel.sock"),
+        channels: vec![
+            PathBuf::from("/run/secmon/web1/channel.sock"),
+            PathBuf::from("/run/secmon/web1/channel-1.sock"),
+        ],
         targets: vec![
             TargetRam {
                 file: PathBuf::from("/dev/shm/a,b & <c>"),
@@ -87,5 +90,6 @@ fn a_monitors_domain_is_valid() {
     let qemu = monitor("a'b", "qemu").to_xml();
     assert_valid(&qemu);
     assert!(qemu.contains("<target type='virtio' name='org.secmon.gate.1'/>"));
+    assert!(qemu.contains("<target type='virtio' name='org.secmon.channel.1'/>"));
     assert!(qemu.contains("readonly=on") && qemu.contains("a,,b &amp; &lt;c&gt;"));
 }

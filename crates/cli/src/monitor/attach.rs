@@ -15,11 +15,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use secmon_channel::ChannelError;
 use secmon_monitor::launch::MonitorName;
-use secmon_monitor::launch::connect::connect;
 use secmon_monitor::protocol::{ClientError, Finding, Notice};
 
-use super::Address;
 use super::remote::{self, Target};
+use super::{Address, connect_or_wait};
 use crate::arguments::{BuiltIn, Common};
 use crate::command::{self, Action};
 use crate::output::escape;
@@ -37,7 +36,7 @@ const LONGEST: usize = 16 << 10;
 
 /// Runs the console until its input ends.
 pub fn attach(name: &MonitorName, common: &Common, reporter: Reporter) -> Result<()> {
-    let mut connection = connect(name, Instant::now() + PATIENCE)?;
+    let mut connection = connect_or_wait(name, PATIENCE, reporter)?;
     remote::confine(common, reporter);
     let targets = connection.client.targets()?;
     let Some(first) = targets.first() else {
@@ -236,7 +235,7 @@ fn is_timeout(error: &ChannelError) -> bool {
 
 /// Whether nothing more will come.
 fn is_lost(error: &ClientError) -> bool {
-    matches!(error, ClientError::Channel(_))
+    matches!(error, ClientError::Channel(_) | ClientError::StartedAnew)
 }
 
 fn show(finding: &Finding) {

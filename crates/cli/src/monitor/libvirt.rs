@@ -83,7 +83,7 @@ fn of_monitor(name: &MonitorName) -> Result<String> {
         initramfs: settings.initramfs.clone(),
         kernel_arguments: settings.kernel_arguments.clone(),
         configuration: status.folder.join("configuration.json"),
-        channel: status.folder.join("channel.sock"),
+        channels: RunDirectory::of(name)?.channel_sockets(),
         targets: targets.collect::<Result<_>>()?,
         gates: gates::ports(&RunDirectory::of(name)?, &settings.gates),
     };

@@ -10,10 +10,12 @@ mod status;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use secmon_guest::{Kind, Value};
 use secmon_monitor::appliance::{Image, KERNEL_ARGUMENTS};
+use secmon_monitor::launch::connect::{ConnectError, Connection, connect};
 use secmon_monitor::launch::run_directory::RunDirectory;
 use secmon_monitor::launch::target::TargetName;
 use secmon_monitor::launch::up::{self, AbsentTargets, GateUse, Origin, Up, UpOptions};
@@ -46,6 +48,21 @@ pub struct Address {
     pub monitor: MonitorName,
     /// The target, as the monitor calls it; its only one if none is named.
     pub target: Option<String>,
+}
+
+/// Begins a conversation with a monitor; says so when others must end theirs
+/// first.
+fn connect_or_wait(
+    name: &MonitorName,
+    patience: Duration,
+    reporter: Reporter,
+) -> Result<Connection, ConnectError> {
+    connect(name, Instant::now() + patience, &mut |left| {
+        reporter.warn(format_args!(
+            "as many others as can at once talk to monitor {name}; waiting up to {} s for one to end",
+            left.as_secs()
+        ));
+    })
 }
 
 /// Takes a target's name apart if it is one behind a monitor.

@@ -17,13 +17,13 @@ use secmon_gate::protocol::TargetState as RunState;
 use secmon_guest::{ColumnInfo, Kind, Request, Row, RowSink, Table, TrustLevel, Value};
 use secmon_memory::TableLevel;
 use secmon_monitor::launch;
-use secmon_monitor::launch::connect::{Connection, connect};
+use secmon_monitor::launch::connect::Connection;
 use secmon_monitor::protocol::{
     self, Answer, ClientError, DiagnosticEntry, End, GateReport, Pause, READ_LIMIT, Refusal,
     TargetReport, TargetState,
 };
 
-use super::Address;
+use super::{Address, connect_or_wait};
 use crate::arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions};
 use crate::command::Action;
 use crate::findings::{self, Told};
@@ -77,7 +77,7 @@ pub fn run(
             }
             BuiltIn::Targets => {
                 refuse_options(common)?;
-                let connection = connect(&address.monitor, Instant::now() + PATIENCE)?;
+                let connection = connect_or_wait(&address.monitor, PATIENCE, reporter)?;
                 confine(common, reporter);
                 list_targets(connection, address, format)?;
                 Ok(None)
@@ -143,7 +143,7 @@ impl Target {
         // Afterwards no file can be read.
         let grants = launch::gates::grant_files(&address.monitor);
         let started = Instant::now();
-        let connection = connect(&address.monitor, started + PATIENCE)?;
+        let connection = connect_or_wait(&address.monitor, PATIENCE, reporter)?;
         reporter.note(format_args!("connected in {:.1?}", started.elapsed()));
         confine(common, reporter);
         let mut target = Self::choose(connection, address)?;

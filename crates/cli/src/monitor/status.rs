@@ -1,16 +1,15 @@
 //! `secmon monitor status`.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use secmon_guest::{Kind, Value};
 use secmon_monitor::launch::MonitorName;
-use secmon_monitor::launch::connect::{ConnectError, connect};
 use secmon_monitor::launch::run_directory::RunDirectory;
 use secmon_monitor::launch::status::{self, GateStatus, Status};
 use secmon_monitor::protocol::{GateReport, StatusReport, TargetReport};
 
-use super::remote;
+use super::{connect_or_wait, remote};
 use crate::arguments::{Common, Format};
 use crate::listing::{self, column};
 use crate::output::escape;
@@ -39,7 +38,7 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
     for name in &names {
         let status = status::read(name)?;
         let inside = if status.machine.is_running() {
-            ask(name).map_err(|error| error.to_string())
+            ask(name, reporter).map_err(|error| error.to_string())
         } else {
             Err("its VM does not run".to_owned())
         };
@@ -167,12 +166,8 @@ pub fn status(name: Option<&MonitorName>, common: &Common, reporter: Reporter) -
     Ok(listing::show(&columns, common.format, rows)?)
 }
 
-fn ask(name: &MonitorName) -> Result<Inside> {
-    let connection = connect(name, Instant::now() + PATIENCE);
-    let mut connection = match connection {
-        Err(error @ ConnectError::Busy(_)) => return Err(error.into()),
-        other => other?,
-    };
+fn ask(name: &MonitorName, reporter: Reporter) -> Result<Inside> {
+    let mut connection = connect_or_wait(name, PATIENCE, reporter)?;
     Ok(Inside {
         report: connection.client.status()?,
         targets: connection.client.targets()?,

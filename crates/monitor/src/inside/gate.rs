@@ -65,6 +65,8 @@ pub(super) struct Way {
     lost: Option<String>,
     /// Whether the gate's being there or not was told.
     told: Option<bool>,
+    /// Whether the target was migrated away.
+    migrated: bool,
 }
 
 /// A target that is held still until this is dropped.
@@ -118,6 +120,7 @@ impl Gate {
             holders: 0,
             lost: None,
             told: None,
+            migrated: false,
         };
         (gate, way)
     }
@@ -224,7 +227,7 @@ impl Way {
         stream: &Arc<dyn Stream>,
     ) -> Result<std::convert::Infallible, ClientError> {
         let mut client = GateClient::connect(stream, own, &self.key, BEGIN)?;
-        let status = self.look(&mut client)?;
+        let status = self.look(&mut client, tell)?;
         let rights: Vec<&str> = status.rights.iter().map(|right| right.name()).collect();
         self.tell(tell, true, &format!("it grants {}", rights.join(", ")));
         let mut looked = Instant::now();
@@ -257,7 +260,7 @@ impl Way {
                 Err(_) => {}
             }
             if looked.elapsed() >= LOOK {
-                self.look(&mut client)?;
+                self.look(&mut client, tell)?;
                 looked = Instant::now();
             }
             self.hear(&mut client, tell)?;
@@ -265,11 +268,21 @@ impl Way {
     }
 
     /// Asks how the target is.
-    fn look(&mut self, client: &mut GateClient) -> Result<gate::Status, ClientError> {
+    fn look(
+        &mut self,
+        client: &mut GateClient,
+        tell: &Tell<'_>,
+    ) -> Result<gate::Status, ClientError> {
         let Answer::Status(status) = client.ask(Request::Status, ANSWER)? else {
             let refusal = gate::Refusal::Failed("it answers something else".to_owned());
             return Err(refusal.into());
         };
+        let migrated = is_migrated(&status.state);
+        if migrated && !self.migrated {
+            let text = "QEMU sent it to another place: what is seen here is what it left behind";
+            tell(Severity::Information, FindingKind::TargetMigrated, text);
+        }
+        self.migrated = migrated;
         self.gate.set(GateReport::Connected {
             state: status.state.clone(),
             rights: status.rights.clone(),
@@ -380,6 +393,12 @@ impl Way {
     }
 }
 
+/// Whether QEMU has migrated the target away: it stands still for good, unless
+/// it is let run here again.
+fn is_migrated(state: &gate::TargetState) -> bool {
+    matches!(state, gate::TargetState::Stopped(word) if word == "postmigrate")
+}
+
 /// Why a hold ended, in words.
 fn released(reason: &ReleaseReason) -> &'static str {
     match reason {
@@ -404,11 +423,11 @@ mod tests {
 
     use super::*;
 
-    fn status() -> Answer {
+    fn status(state: TargetState) -> Answer {
         Answer::Status(gate::Status {
             version: gate::VERSION,
             target: "web1".to_owned(),
-            state: TargetState::Running,
+            state,
             qemu: None,
             memory_bytes: None,
             gdb: false,
@@ -427,6 +446,7 @@ mod tests {
         gate: Arc<Gate>,
         asked: Receiver<Request>,
         told: Arc<Mutex<Vec<FindingKind>>>,
+        state: Arc<Mutex<TargetState>>,
     }
 
     type Reaction =
@@ -441,6 +461,8 @@ mod tests {
         let keys = KeyPair::generate().expect("keys");
         let (gate, way) = Gate::new(Ok(ours), keys.public());
         let (asked, requests) = std::sync::mpsc::channel();
+        let state = Arc::new(Mutex::new(TargetState::Running));
+        let now = Arc::clone(&state);
         let peer = Peer {
             name: "m".to_owned(),
             key: monitor.public(),
@@ -450,7 +472,7 @@ mod tests {
             let (mut session, _) = accepted.expect("a session");
             while let Ok(Query { id, request }) = session.receive(None) {
                 let (result, event) = match &request {
-                    Request::Status => (Ok(status()), None),
+                    Request::Status => (Ok(status(now.lock().expect("no panic").clone())), None),
                     request => react(request),
                 };
                 if request != Request::Status {
@@ -475,6 +497,7 @@ mod tests {
             gate,
             asked: requests,
             told,
+            state,
         }
     }
 
@@ -505,6 +528,41 @@ mod tests {
         assert!(matches!(report, GateReport::Connected { .. }), "{report:?}");
         let told = bench.told.lock().expect("no panic").clone();
         assert_eq!(told, [FindingKind::GateConnected]);
+    }
+
+    #[test]
+    fn a_migration_is_told_once() {
+        let bench = bench(Box::new(|_| (paused(), None)));
+        let say = |state| *bench.state.lock().expect("no panic") = state;
+        let seen = |wanted: &dyn Fn(&TargetState) -> bool| {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                if let GateReport::Connected { state, .. } = bench.gate.report()
+                    && wanted(&state)
+                {
+                    return;
+                }
+                assert!(Instant::now() < deadline, "{:?}", bench.gate.report());
+                thread::sleep(Duration::from_millis(10));
+            }
+        };
+        let stopped = |word: &str| TargetState::Stopped(word.to_owned());
+        for (word, migrations) in [("paused", 0), ("postmigrate", 1), ("postmigrate", 1)] {
+            say(stopped(word));
+            seen(&|state| *state == stopped(word));
+            let told = bench.told.lock().expect("no panic").clone();
+            let of_it = told
+                .iter()
+                .filter(|kind| **kind == FindingKind::TargetMigrated);
+            assert_eq!(of_it.count(), migrations, "{word}: {told:?}");
+        }
+        say(TargetState::Running);
+        seen(&|state| *state == TargetState::Running);
+        say(stopped("postmigrate"));
+        seen(&|state| *state != TargetState::Running);
+        let told = bench.told.lock().expect("no panic").clone();
+        let migrated = FindingKind::TargetMigrated;
+        assert_eq!(told[1..], [migrated, migrated]);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Findings that no client has taken yet: bounded, numbered, and kept in a
-//! file so that they outlive the worker.
+//! file so that they outlive the worker. The same file tells the next worker
+//! which boot of each target this one followed.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::TRUST_LEVEL;
+use super::watcher::Boot;
 use crate::protocol::{Finding, FindingKind, Severity};
 
 /// The largest file that is read back.
@@ -25,6 +27,13 @@ pub(super) struct Outbox {
     /// How many of those lost have been told by a finding.
     told: u64,
     limit: usize,
+    /// Which boot of each target is followed.
+    boots: BTreeMap<String, Boot>,
+    /// Findings up to here may be forgotten once all clients were sent them.
+    acknowledged: u64,
+    /// Up to where each client was sent them.
+    sent: BTreeMap<u64, u64>,
+    next_client: u64,
     file: Option<File>,
 }
 
@@ -35,6 +44,7 @@ struct Stored {
     lost: u64,
     told: u64,
     findings: Vec<Finding>,
+    boots: BTreeMap<String, Boot>,
 }
 
 impl Outbox {
@@ -47,6 +57,10 @@ impl Outbox {
             lost: 0,
             told: 0,
             limit: limit.max(2),
+            boots: BTreeMap::new(),
+            acknowledged: 0,
+            sent: BTreeMap::new(),
+            next_client: 0,
             file,
         };
         match outbox.file.as_mut().map(load) {
@@ -55,6 +69,7 @@ impl Outbox {
                 outbox.lost = stored.lost;
                 outbox.told = stored.told;
                 outbox.findings = stored.findings.into();
+                outbox.boots = stored.boots;
                 outbox.bound();
             }
             Some(Err(())) => outbox.lost = 1,
@@ -76,8 +91,53 @@ impl Outbox {
         self.store();
     }
 
-    /// Forgets what a client has taken.
+    /// Which boot of a target was followed last.
+    pub(super) fn boot(&self, target: &str) -> Option<Boot> {
+        self.boots.get(target).copied()
+    }
+
+    /// Keeps which boot of a target is followed.
+    pub(super) fn set_boot(&mut self, target: &str, boot: Boot) {
+        if self.boots.insert(target.to_owned(), boot) != Some(boot) {
+            self.store();
+        }
+    }
+
+    /// A client that is to be sent what is there and what comes; gives its
+    /// number.
+    pub(super) fn join(&mut self) -> u64 {
+        self.next_client = self.next_client.saturating_add(1);
+        self.sent.insert(self.next_client, 0);
+        self.next_client
+    }
+
+    /// A client that went.
+    pub(super) fn leave(&mut self, client: u64) {
+        self.sent.remove(&client);
+        self.forget();
+    }
+
+    /// Notes up to where a client was sent findings.
+    pub(super) fn sent(&mut self, client: u64, through: u64) {
+        if let Some(sent) = self.sent.get_mut(&client) {
+            *sent = through;
+        }
+        self.forget();
+    }
+
+    /// Notes that a client has kept findings up to this number elsewhere.
     pub(super) fn acknowledge(&mut self, through: u64) {
+        // Not what is still to come.
+        let through = through.min(self.next.saturating_sub(1));
+        self.acknowledged = self.acknowledged.max(through);
+        self.forget();
+    }
+
+    /// Forgets what a client has kept and all have seen: whoever is connected
+    /// at that moment sees it, too.
+    fn forget(&mut self) {
+        let seen = self.sent.values().copied().min().unwrap_or(u64::MAX);
+        let through = self.acknowledged.min(seen);
         let before = self.findings.len();
         while self
             .findings
@@ -140,9 +200,12 @@ impl Outbox {
     }
 
     fn bound(&mut self) {
-        while self.findings.len() > self.limit {
-            self.findings.pop_front();
-            self.lost = self.lost.saturating_add(1);
+        while self.findings.len() > self.limit
+            && let Some(finding) = self.findings.pop_front()
+        {
+            if finding.sequence > self.acknowledged {
+                self.lost = self.lost.saturating_add(1);
+            }
         }
     }
 
@@ -157,6 +220,7 @@ impl Outbox {
             lost: self.lost,
             told: self.told,
             findings: self.findings.iter().cloned().collect(),
+            boots: self.boots.clone(),
         };
         let written = secmon_channel::encode(&stored, usize::MAX)
             .map_err(io::Error::other)
@@ -216,6 +280,26 @@ mod tests {
     }
 
     #[test]
+    fn a_finding_stays_until_all_clients_were_sent_it() {
+        let mut outbox = Outbox::open(16, None);
+        let (first, second) = (outbox.join(), outbox.join());
+        push(&mut outbox, "a");
+        push(&mut outbox, "b");
+        outbox.sent(first, 2);
+        outbox.acknowledge(2);
+        assert_eq!(outbox.kept(), 2);
+        outbox.sent(second, 1);
+        assert_eq!(outbox.kept(), 1);
+        outbox.leave(second);
+        assert_eq!(outbox.kept(), 0);
+        // Sent to none that would keep it.
+        push(&mut outbox, "c");
+        outbox.sent(first, 3);
+        outbox.leave(first);
+        assert_eq!(outbox.kept(), 1);
+    }
+
+    #[test]
     fn what_is_lost_is_counted_and_told() {
         let mut outbox = Outbox::open(16, None);
         for _ in 0..20 {
@@ -242,8 +326,17 @@ mod tests {
         push(&mut outbox, "first");
         push(&mut outbox, "second");
         outbox.acknowledge(1);
+        let boot = Boot {
+            instance: Some(9),
+            count: 2,
+        };
+        outbox.set_boot("web1", boot);
         drop(outbox);
         let mut outbox = Outbox::open(16, again());
+        assert_eq!(
+            (outbox.boot("web1"), outbox.boot("db1")),
+            (Some(boot), None)
+        );
         let findings = outbox.after(0, 9);
         assert_eq!((findings.len(), findings[0].sequence), (1, 2));
         drop(outbox);

@@ -1,10 +1,11 @@
-//! Serves one client after another.
+//! Serves the clients of a channel, one after another; each channel has a
+//! thread of its own that does.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use secmon_channel::{ChannelError, Peer, Session, Stream, Writer};
+use secmon_channel::{ChannelError, MAX_FRAME, Peer, Session, Stream, Writer};
 
 use super::answer::{self, Sink, Unsent};
 use super::credit::{Permit, Requests};
@@ -20,27 +21,39 @@ use crate::protocol::{
 const SEND: Duration = Duration::from_secs(30);
 /// How often the reader looks whether the session is over.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long a client of an earlier worker may take to hear that it is over.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// Between two heartbeats.
 const BEAT: Duration = Duration::from_secs(1);
-/// How long to wait for a host that is not connected.
-const NOBODY: Duration = Duration::from_millis(50);
+/// How long to wait for a host that is not connected, which a port has no
+/// other way to tell: on the channel that is tried first, and on the others.
+const NOBODY: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
 /// Findings that are sent at once.
 const FINDINGS: usize = 64;
 /// Refusals of strangers are told at most so often.
 const REFUSALS: Duration = Duration::from_secs(10);
 
-/// Accepts clients on the port, one after another, for ever.
-pub(super) fn serve(shared: &Arc<Shared>, stream: &Arc<dyn Stream>) -> ! {
+/// Accepts clients on the channel of this number, one after another, for ever.
+pub(super) fn serve(shared: &Arc<Shared>, stream: &Arc<dyn Stream>, number: usize) -> ! {
     let mut told: Option<Instant> = None;
     let mut untold: u64 = 0;
+    let nobody = NOBODY[usize::from(number > 0)];
+    let beat = || {
+        if let Some(pulse) = shared.serving.get(number) {
+            pulse.beat();
+        }
+    };
+    end_earlier(stream);
     loop {
-        shared.serving.beat();
+        beat();
         let deadline = Instant::now().checked_add(LOOK);
         let (keys, peers) = (&shared.keys, &shared.clients);
         match Session::accept(stream, keys, peers, ROLE, deadline) {
-            Ok((session, peer)) => converse(shared, session, &peer),
+            Ok((session, peer)) => converse(shared, session, &peer, &beat),
             Err(error) if error.is_deadline() => {}
-            Err(ChannelError::Ended { .. } | ChannelError::Stream { .. }) => thread::sleep(NOBODY),
+            // A client said hello again, as the monitor took long to answer.
+            Err(ChannelError::FrameLength { length: u32::MAX }) => {}
+            Err(ChannelError::Ended { .. } | ChannelError::Stream { .. }) => thread::sleep(nobody),
             Err(error) => {
                 untold = untold.saturating_add(1);
                 if told.is_none_or(|last| last.elapsed() >= REFUSALS) {
@@ -50,8 +63,25 @@ pub(super) fn serve(shared: &Arc<Shared>, stream: &Arc<dyn Stream>) -> ! {
                     told = Some(Instant::now());
                     untold = 0;
                 }
-                thread::sleep(NOBODY);
+                thread::sleep(nobody);
             }
+        }
+    }
+}
+
+/// Ends the session that a worker before this one may have left open, whose
+/// client would wait for a reply that nobody sends any more.
+fn end_earlier(stream: &Arc<dyn Stream>) {
+    /// No frame has the length that these bytes are; the first of them may be
+    /// taken for the rest of a frame that the other worker began.
+    static NO_FRAMES: [u8; MAX_FRAME + 8] = [0xff; MAX_FRAME + 8];
+    let deadline = Instant::now().checked_add(GOODBYE);
+    let mut rest = &NO_FRAMES[..];
+    while !rest.is_empty() {
+        match stream.write(rest, deadline) {
+            Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+            // Nobody is connected, or nobody reads.
+            Err(_) => return,
         }
     }
 }
@@ -107,7 +137,7 @@ impl Sink for Answering<'_> {
 }
 
 /// Serves a client until it goes.
-fn converse(shared: &Arc<Shared>, session: Session, peer: &Peer) {
+fn converse(shared: &Arc<Shared>, session: Session, peer: &Peer, beat: &dyn Fn()) {
     log(format_args!("client {} came", peer.name));
     let (mut reader, writer) = session.with_limits(REQUEST_LIMIT, REPLY_LIMIT).split();
     let conversation = Arc::new(Conversation {
@@ -120,7 +150,7 @@ fn converse(shared: &Arc<Shared>, session: Session, peer: &Peer) {
         notices(&conversation);
     })];
     while !conversation.requests.is_over() {
-        shared.serving.beat();
+        beat();
         threads.retain(|thread| !thread.as_ref().is_some_and(JoinHandle::is_finished));
         match reader.receive::<Request>(Instant::now().checked_add(LOOK)) {
             Ok(request) => threads.extend(handle(&conversation, request)),
@@ -133,7 +163,7 @@ fn converse(shared: &Arc<Shared>, session: Session, peer: &Peer) {
     }
     conversation.requests.stop();
     for thread in threads.into_iter().flatten() {
-        shared.serving.beat();
+        beat();
         let _ = thread.join();
     }
 }
@@ -157,6 +187,7 @@ fn start(
 /// Sends heartbeats and findings until the session is over.
 fn notices(conversation: &Conversation) {
     let shared = &conversation.shared;
+    let listener = shared.join();
     let mut sent = 0;
     while !conversation.requests.is_over() {
         let heartbeat = shared.heartbeat(conversation.requests.running());
@@ -170,6 +201,7 @@ fn notices(conversation: &Conversation) {
                 if conversation.send(&Reply::Finding(finding)).is_err() {
                     return;
                 }
+                listener.sent(sent);
             }
             if !shared.wait_for_findings(sent, next) || conversation.requests.is_over() {
                 break;
@@ -275,15 +307,23 @@ fn run(
     credit: u32,
     work: impl FnOnce(&Conversation) -> Result<End, Refusal> + Send + 'static,
 ) -> Option<Option<JoinHandle<()>>> {
-    let limit = conversation.shared.limits.requests;
+    let shared = &conversation.shared;
+    let Some(room) = shared.room() else {
+        let running = shared.running();
+        conversation.refuse(id, Refusal::Busy { running });
+        return None;
+    };
+    let limit = shared.limits.requests;
     if let Err(running) = conversation.requests.begin(id, credit, limit) {
         conversation.refuse(id, Refusal::Busy { running });
         return None;
     }
     let thread = start("request", conversation, move |conversation| {
         let outcome = work(&conversation);
-        // The number may be used again as soon as the client hears the end.
+        // The number, and the room, may be used again as soon as the client
+        // hears the end.
         conversation.requests.end(id);
+        drop(room);
         match outcome {
             Ok(end) => {
                 let _ = conversation.send(&Reply::End { id, end });

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use secmon_guest::{Guest, member_of};
 use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
 use secmon_profile::{Cache, FindError, FindOptions, Kernel, Profile};
+use serde::{Deserialize, Serialize};
 
 use super::TRUST_LEVEL;
 use super::gate::Gate;
@@ -54,6 +55,15 @@ struct View {
     state: TargetState,
     kernel: Option<Arc<Kernel>>,
     boots: u64,
+}
+
+/// Which boot of a target is followed; the worker leaves it to the next one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Boot {
+    /// What tells it from others; `None` while there is no kernel.
+    pub(super) instance: Option<u64>,
+    /// How many were seen.
+    pub(super) count: u64,
 }
 
 /// What is to be told.
@@ -140,10 +150,15 @@ impl Target {
 pub(super) struct Watcher {
     target: Arc<Target>,
     known: Option<Known>,
+    /// The boot whose kernel went away from memory that was not cleared since:
+    /// a kernel that is found next came by a reset of the same machine.
+    left: Option<u64>,
+    /// What the worker before this one followed. If that is still there,
+    /// nothing has happened to the target.
+    before: Option<Boot>,
     /// How long to wait before the next search.
     pause: Duration,
     searched: Option<Instant>,
-    told_conflicts: usize,
 }
 
 /// The kernel that is followed.
@@ -157,13 +172,33 @@ struct Known {
 }
 
 impl Watcher {
-    pub(super) fn new(target: Arc<Target>) -> Self {
+    /// A watcher of a target; `before` is what the worker before this one
+    /// followed.
+    pub(super) fn new(target: Arc<Target>, before: Option<Boot>) -> Self {
+        if let Some(boot) = before {
+            let view = target.view.write();
+            view.unwrap_or_else(PoisonError::into_inner).boots = boot.count;
+        }
         Self {
+            // Without its memory it has gone, whatever comes next.
+            before: before.filter(|_| target.memory.is_ok()),
             target,
             known: None,
+            left: None,
             pause: Duration::ZERO,
             searched: None,
-            told_conflicts: 0,
+        }
+    }
+
+    /// Which boot is followed now.
+    pub(super) fn boot(&self) -> Boot {
+        let view = self.target.view.read();
+        let known = self.known.as_ref().map(|known| known.instance);
+        // Until the first kernel is found nothing is known against the one before.
+        let before = self.before.and_then(|boot| boot.instance);
+        Boot {
+            instance: known.or(self.left).or(before),
+            count: view.unwrap_or_else(PoisonError::into_inner).boots,
         }
     }
 
@@ -209,8 +244,10 @@ impl Watcher {
             known.searched = now;
             if let Ok(kernel) = find(memory, &self.target.pulse)
                 && instance(&kernel).is_some_and(|other| other != known.instance)
+                && !is_starting(&kernel)
             {
-                return self.adopt(kernel, true);
+                self.left = Some(known.instance);
+                return self.adopt(kernel);
             }
         }
         if still >= STOPPED && !known.stopped {
@@ -232,24 +269,32 @@ impl Watcher {
 
     /// The kernel that was there is not any more.
     fn replace(&mut self, memory: &Arc<dyn PhysicalMemory>, old: &Known) -> Vec<Told> {
-        match find(memory, &self.target.pulse) {
+        self.left = Some(old.instance);
+        let (state, text) = match find(memory, &self.target.pulse) {
             Ok(kernel) if instance(&kernel) == Some(old.instance) => {
                 // The first look met a moment of change.
+                self.left = None;
                 self.adopt_same(kernel, old.instance);
-                Vec::new()
+                return Vec::new();
             }
-            Ok(kernel) => self.adopt(kernel, true),
-            Err(error) => {
-                let state = without_kernel(&**memory, &error);
-                let text = match &state {
-                    TargetState::Empty => "its memory is empty: it was switched off".to_owned(),
-                    _ => format!("its kernel is gone: {error}"),
-                };
-                self.target.set(state, None);
-                self.pause = Duration::ZERO;
-                vec![information(FindingKind::TargetGone, text)]
+            Ok(kernel) if !is_starting(&kernel) => return self.adopt(kernel),
+            Ok(_) => {
+                let reason = STARTING.to_owned();
+                let text = format!("its kernel is gone: there is {reason}");
+                (TargetState::NoKernel { reason }, text)
             }
-        }
+            Err(error) => match without_kernel(&**memory, &error) {
+                TargetState::Empty => {
+                    self.left = None;
+                    let text = "its memory is empty: it was switched off".to_owned();
+                    (TargetState::Empty, text)
+                }
+                state => (state, format!("its kernel is gone: {error}")),
+            },
+        };
+        self.target.set(state, None);
+        self.pause = Duration::ZERO;
+        vec![information(FindingKind::TargetGone, text)]
     }
 
     /// There was no kernel: is there one now?
@@ -264,20 +309,26 @@ impl Watcher {
         if is_empty(&**memory) {
             self.target.set(TargetState::Empty, None);
             self.pause = Duration::ZERO;
+            (self.left, self.before) = (None, None);
             return Vec::new();
         }
         let found = find(memory, &self.target.pulse);
         self.searched = Some(Instant::now());
-        match found {
-            Ok(kernel) => self.adopt(kernel, false),
+        let reason = match found {
+            Ok(kernel) if is_starting(&kernel) => {
+                // That takes it a moment.
+                self.pause = Duration::ZERO;
+                STARTING.to_owned()
+            }
+            Ok(kernel) => return self.adopt(kernel),
             Err(error) => {
-                let reason = error.to_string();
-                self.target.set(TargetState::NoKernel { reason }, None);
                 let longer = self.pause.max(Duration::from_millis(250)).saturating_mul(2);
                 self.pause = longer.min(LONGEST_PAUSE);
-                Vec::new()
+                error.to_string()
             }
-        }
+        };
+        self.target.set(TargetState::NoKernel { reason }, None);
+        Vec::new()
     }
 
     fn adopt_same(&mut self, kernel: Kernel, instance: u64) {
@@ -296,7 +347,8 @@ impl Watcher {
         self.known = Some(known);
     }
 
-    fn adopt(&mut self, kernel: Kernel, replaces: bool) -> Vec<Told> {
+    /// Follows a kernel from here on; says how it came.
+    fn adopt(&mut self, kernel: Kernel) -> Vec<Told> {
         let Some(instance) = instance(&kernel) else {
             // It vanished between two reads.
             let reason = "a kernel that could not be read again".to_owned();
@@ -304,15 +356,16 @@ impl Watcher {
             self.pause = Duration::ZERO;
             return Vec::new();
         };
-        let banner = kernel.profile.banner().to_owned();
-        let (kind, text) = if replaces {
-            (
-                FindingKind::TargetRebooted,
-                format!("another boot: {banner}"),
-            )
-        } else {
-            (FindingKind::TargetStarted, banner)
-        };
+        let before = self.before.take().and_then(|boot| boot.instance);
+        if self.left.is_none() && before == Some(instance) {
+            self.adopt_same(kernel, instance);
+            return Vec::new();
+        }
+        let (kind, text) = came(
+            self.left.take().or(before),
+            instance,
+            kernel.profile.banner(),
+        );
         let mut told = vec![information(kind, text)];
         for conflict in &kernel.conflicts {
             told.push(Told {
@@ -321,8 +374,10 @@ impl Watcher {
                 text: conflict.to_string(),
             });
         }
-        self.told_conflicts = kernel.conflicts.len();
         self.adopt_same(kernel, instance);
+        if kind == FindingKind::TargetResumed {
+            return told;
+        }
         let mut view = self
             .target
             .view
@@ -331,6 +386,40 @@ impl Watcher {
         view.boots = view.boots.saturating_add(1);
         told
     }
+}
+
+/// How a kernel came: what was there before it, if memory was not cleared
+/// since.
+fn came(left: Option<u64>, instance: u64, banner: &str) -> (FindingKind, String) {
+    match left {
+        None => (FindingKind::TargetStarted, banner.to_owned()),
+        Some(left) if left == instance => (
+            FindingKind::TargetResumed,
+            "the kernel that was gone is there again".to_owned(),
+        ),
+        Some(_) => (
+            FindingKind::TargetRebooted,
+            format!("another boot: {banner}"),
+        ),
+    }
+}
+
+/// What is said of a kernel that [`is_starting`].
+const STARTING: &str = "a kernel that is just starting";
+
+/// Whether the kernel has not come to its scheduler yet: what
+/// [tells boots apart](instance) is still to be made.
+fn is_starting(kernel: &Kernel) -> bool {
+    /// `SYSTEM_BOOTING` of `enum system_states`, the first since 2.6.
+    const BOOTING: u32 = 0;
+    let at = kernel.profile.symbols().address("system_state");
+    // A kernel that does not say is taken as it is.
+    at.is_some_and(|at| {
+        kernel
+            .space
+            .read_u32(at)
+            .is_ok_and(|state| state == BOOTING)
+    })
 }
 
 fn information(kind: FindingKind, text: String) -> Told {
@@ -511,7 +600,7 @@ mod tests {
         let look = |byte| {
             let memory: Arc<dyn PhysicalMemory> = Arc::new(OneByte(byte));
             let target = Arc::new(Target::new("web1".to_owned(), None, Ok(memory), None));
-            let mut watcher = Watcher::new(Arc::clone(&target));
+            let mut watcher = Watcher::new(Arc::clone(&target), None);
             assert!(watcher.look().is_empty());
             assert!(target.kernel().is_err());
             target.report().state
@@ -525,6 +614,31 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_after_another_one_is_a_reboot_however_long_there_was_none() {
+        let kind = |left| came(left, 7, "Linux version 6").0;
+        assert_eq!(kind(None), FindingKind::TargetStarted);
+        assert_eq!(kind(Some(6)), FindingKind::TargetRebooted);
+        assert_eq!(kind(Some(7)), FindingKind::TargetResumed);
+    }
+
+    #[test]
+    fn memory_that_was_cleared_belongs_to_another_start() {
+        let memory: Arc<dyn PhysicalMemory> = Arc::new(OneByte(u64::MAX));
+        let target = Arc::new(Target::new("web1".to_owned(), None, Ok(memory), None));
+        let before = Boot {
+            instance: Some(5),
+            count: 3,
+        };
+        let mut watcher = Watcher::new(target, Some(before));
+        assert_eq!(watcher.boot(), before);
+        watcher.left = Some(6);
+        watcher.look();
+        assert_eq!(watcher.left, None);
+        let instance = None;
+        assert_eq!(watcher.boot(), Boot { instance, count: 3 });
+    }
+
+    #[test]
     fn a_target_without_memory_says_why() {
         let target = Arc::new(Target::new(
             "web1".to_owned(),
@@ -532,7 +646,7 @@ mod tests {
             Err("no device".to_owned()),
             None,
         ));
-        assert!(Watcher::new(Arc::clone(&target)).look().is_empty());
+        assert!(Watcher::new(Arc::clone(&target), None).look().is_empty());
         assert_eq!(target.kernel().err().as_deref(), Some("no device"));
         assert!(!target.is_running());
     }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,8 +22,8 @@ use super::outbox::Outbox;
 use super::watcher::{self, Target, Watcher};
 use super::{log, port, session};
 use crate::protocol::{
-    CHANNEL_PORT, Configuration, Finding, FindingKind, Heartbeat, Limits, Refusal, Severity,
-    TargetConfiguration,
+    Configuration, Finding, FindingKind, Heartbeat, Limits, Refusal, Severity, TargetConfiguration,
+    channel_port,
 };
 
 /// Where findings are kept for the next worker.
@@ -30,11 +31,14 @@ const OUTBOX: &str = "/findings";
 /// How long a watcher or the server may be busy with one thing. A search of
 /// all of a large target's memory under emulation takes minutes.
 const BUSY: Duration = Duration::from_secs(300);
-/// How long the driver may take to find the port of a gate, the channel's
+/// How long the driver may take to find another port, the first channel's
 /// being there.
-const GATE_PORT: Duration = Duration::from_secs(2);
+const NEXT_PORT: Duration = Duration::from_secs(2);
 /// The most bytes of configuration.
 const MAX_CONFIGURATION: u64 = 1 << 20;
+
+/// An open virtio-serial port.
+type Port = Arc<dyn Stream>;
 
 /// What the worker's threads share.
 pub(super) struct Shared {
@@ -45,8 +49,10 @@ pub(super) struct Shared {
     pub(super) targets: Vec<Arc<Target>>,
     pub(super) limits: Limits,
     pub(super) weaknesses: Vec<String>,
-    /// That the server goes on.
-    pub(super) serving: Pulse,
+    /// That the server of each channel goes on.
+    pub(super) serving: Vec<Pulse>,
+    /// Requests that run, of all clients.
+    requests: AtomicUsize,
     restarts: u32,
     health: Health,
     outbox: Mutex<Outbox>,
@@ -76,6 +82,28 @@ impl Shared {
 
     pub(super) fn acknowledge(&self, through: u64) {
         self.outbox().acknowledge(through);
+    }
+
+    /// A client that is to hear of findings.
+    pub(super) fn join(self: &Arc<Self>) -> Listener {
+        Listener {
+            client: self.outbox().join(),
+            shared: Arc::clone(self),
+        }
+    }
+
+    /// Room for one more request; `None` if as many as may run at once do.
+    pub(super) fn room(self: &Arc<Self>) -> Option<Room> {
+        let more = |running: usize| (running < self.limits.requests).then_some(running + 1);
+        let taken = self
+            .requests
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        taken.ok().map(|_| Room(Arc::clone(self)))
+    }
+
+    /// How many requests run, of all clients.
+    pub(super) fn running(&self) -> u32 {
+        u32::try_from(self.requests.load(Ordering::Relaxed)).unwrap_or(u32::MAX)
     }
 
     pub(super) fn findings_after(&self, sequence: u64, count: usize) -> Vec<Finding> {
@@ -155,6 +183,34 @@ impl Shared {
     }
 }
 
+/// A client's place among those that hear of findings.
+pub(super) struct Listener {
+    shared: Arc<Shared>,
+    client: u64,
+}
+
+impl Listener {
+    /// It was sent findings up to this number.
+    pub(super) fn sent(&self, through: u64) {
+        self.shared.outbox().sent(self.client, through);
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.shared.outbox().leave(self.client);
+    }
+}
+
+/// A request's place among those that may run at once.
+pub(super) struct Room(Arc<Shared>);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.0.requests.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Runs until something fails. `arguments`: how often the worker was started
 /// before, and why the one before ended.
 pub(super) fn main(arguments: impl Iterator<Item = String>) -> ExitCode {
@@ -207,9 +263,7 @@ fn run(
     let configuration = Configuration::parse(&bytes)?;
     drop(bytes);
     let keys = KeyPair::from_secret(configuration.secret_key)?;
-    let port = port::open(CHANNEL_PORT, port::PATIENCE).map_err(system("the channel's port"))?;
-    let stream: Arc<dyn Stream> =
-        Arc::new(Descriptor::new(port).map_err(system("the channel's port"))?);
+    let (stream, others) = open_channels(configuration.channels)?;
     let file = File::options()
         .read(true)
         .write(true)
@@ -245,7 +299,8 @@ fn run(
         outbox: Mutex::new(Outbox::open(configuration.limits.findings, Some(file))),
         limits: configuration.limits,
         weaknesses,
-        serving: Pulse::new(),
+        serving: (0..=others.len()).map(|_| Pulse::new()).collect(),
+        requests: AtomicUsize::new(0),
         restarts,
         health,
         news: Condvar::new(),
@@ -268,7 +323,33 @@ fn run(
     }
     let beating = Arc::clone(&shared);
     spawn("pulse", move || pulse(&beating))?;
-    session::serve(&shared, &stream)
+    for (number, stream) in (1..).zip(others) {
+        let shared = Arc::clone(&shared);
+        let serve = move || session::serve(&shared, &stream, number);
+        spawn(&format!("channel {number}"), serve)?;
+    }
+    session::serve(&shared, &stream, 0)
+}
+
+/// Opens the ports to clients: the first, and as many of the others as there
+/// are.
+fn open_channels(count: u32) -> Result<(Port, Vec<Port>), WorkerError> {
+    let open = |number, patience| -> std::io::Result<Port> {
+        let port = port::open(&channel_port(number), patience)?;
+        Ok(Arc::new(Descriptor::new(port)?))
+    };
+    let first = open(0, port::PATIENCE).map_err(system("the channel's port"))?;
+    let mut others = Vec::new();
+    for number in 1..count {
+        match open(number, NEXT_PORT) {
+            Ok(stream) => others.push(stream),
+            Err(error) => {
+                log(format_args!("fewer clients at once can ask: {error}"));
+                break;
+            }
+        }
+    }
+    Ok((first, others))
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), WorkerError> {
@@ -324,7 +405,7 @@ fn open_targets(configured: &[TargetConfiguration]) -> (Vec<Arc<Target>>, Vec<(S
 
 /// Opens the port to a gate.
 fn gate_port(name: &str) -> Result<Arc<dyn Stream>, String> {
-    let port = port::open(name, GATE_PORT).and_then(Descriptor::new);
+    let port = port::open(name, NEXT_PORT).and_then(Descriptor::new);
     let port = port.map_err(|error| error.to_string())?;
     Ok(Arc::new(port))
 }
@@ -355,11 +436,13 @@ fn tell_start(shared: &Shared, reason: &str) {
 /// Follows a target for ever.
 fn watch(shared: &Shared, target: &Arc<Target>) {
     let pause = Duration::from_millis(shared.limits.poll_ms);
-    let mut watcher = Watcher::new(Arc::clone(target));
+    let before = shared.outbox().boot(&target.name);
+    let mut watcher = Watcher::new(Arc::clone(target), before);
     loop {
         for told in watcher.look() {
             shared.tell(Some(&target.name), told.severity, told.kind, &told.text);
         }
+        shared.outbox().set_boot(&target.name, watcher.boot());
         thread::sleep(pause);
     }
 }
@@ -368,7 +451,8 @@ fn watch(shared: &Shared, target: &Arc<Target>) {
 fn pulse(shared: &Shared) {
     loop {
         let ages = shared.targets.iter().map(|target| target.pulse.age());
-        let oldest = ages.chain([shared.serving.age()]).max();
+        let serving = shared.serving.iter().map(Pulse::age);
+        let oldest = ages.chain(serving).max();
         if oldest.is_some_and(|oldest| oldest < BUSY) {
             let mut out = std::io::stdout().lock();
             let _ = out.write_all(b".").and_then(|()| out.flush());

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::MonitorName;
+use crate::protocol::channel_port;
 
 /// The most targets of one monitor: root ports of its machine.
 pub const MAX_TARGETS: u32 = 16;
@@ -54,8 +55,8 @@ pub struct Descriptors {
     pub console: i32,
     /// A listening socket for QMP.
     pub qmp: i32,
-    /// A listening socket that leads to the monitor.
-    pub channel: i32,
+    /// Listening sockets that lead to the monitor, one a client.
+    pub channels: Vec<i32>,
 }
 
 /// A port that leads to a gate.
@@ -107,6 +108,15 @@ pub fn port_id(slot: u32) -> String {
 #[must_use]
 pub fn pci_address(slot: u32) -> String {
     format!("0000:{:02x}:00.0", slot + 1)
+}
+
+/// The number on the bus of a channel's port: the first is number 1, the gates
+/// of all targets follow it, then the further ones.
+fn channel_nr(number: u32) -> u32 {
+    match number {
+        0 => 1,
+        number => MAX_TARGETS + 1 + number,
+    }
 }
 
 /// The process name QEMU gives itself in `-name`.
@@ -164,14 +174,20 @@ impl Machine {
         );
         line.option("-mon", "chardev=qmp,mode=control");
         line.option("-device", "virtio-serial-pci,id=serial,max_ports=31");
-        line.option(
-            "-chardev",
-            &format!("socket,id=channel,fd={},server=on,wait=off", open.channel),
-        );
-        line.option(
-            "-device",
-            "virtserialport,bus=serial.0,nr=1,chardev=channel,name=org.secmon.channel",
-        );
+        for (number, descriptor) in (0..).zip(&open.channels) {
+            line.option(
+                "-chardev",
+                &format!("socket,id=channel{number},fd={descriptor},server=on,wait=off"),
+            );
+            line.option(
+                "-device",
+                &format!(
+                    "virtserialport,bus=serial.0,nr={},chardev=channel{number},name={}",
+                    channel_nr(number),
+                    channel_port(number)
+                ),
+            );
+        }
         for gate in &self.gates {
             let GatePort { number, socket } = gate;
             let reconnect = match self.reconnect {
@@ -252,7 +268,7 @@ mod tests {
         configuration: 12,
         console: 0,
         qmp: 13,
-        channel: 14,
+        channels: Vec::new(),
     };
 
     fn machine() -> Machine {
@@ -314,6 +330,37 @@ mod tests {
         let ports = many.arguments(&OPEN);
         let ports = ports.iter().filter(|word| word.contains("pcie-root-port"));
         assert_eq!(ports.count(), MAX_TARGETS as usize);
+    }
+
+    #[test]
+    fn ports_have_numbers_of_their_own() {
+        let full = Machine {
+            gates: (0..MAX_TARGETS)
+                .map(|number| GatePort {
+                    number,
+                    socket: PathBuf::from("/run/gate.sock"),
+                })
+                .collect(),
+            ..machine()
+        };
+        let open = Descriptors {
+            channels: vec![14, 15, 16, 17],
+            ..OPEN
+        };
+        let line = full.arguments(&open);
+        assert!(value(&line, "-chardev", "id=channel0,fd=14,").is_some());
+        assert!(value(&line, "-device", "chardev=channel0,name=org.secmon.channel").is_some());
+        assert!(value(&line, "-device", "name=org.secmon.channel.3").is_some());
+        let numbers = line.iter().filter_map(|word| {
+            let (_, rest) = word.split_once(",nr=")?;
+            rest.split(',').next()?.parse::<u32>().ok()
+        });
+        let mut numbers: Vec<u32> = numbers.collect();
+        numbers.sort_unstable();
+        let count = numbers.len();
+        numbers.dedup();
+        assert_eq!((numbers.len(), count), (20, 20), "each once");
+        assert!(numbers.iter().all(|number| (1..31).contains(number)));
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Talking to a running monitor.
 //!
-//! A monitor's channel is one virtio-serial port, which QEMU connects to one
-//! client at a time. Clients on this host take turns: whoever talks holds a
-//! lock in the monitor's folder.
+//! A channel of a monitor is a virtio-serial port, which QEMU connects to one
+//! client at a time. A monitor has several, each with a lock in the monitor's
+//! folder that its client holds; when all are taken, clients take turns.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -15,11 +15,14 @@ use secmon_channel::{Descriptor, KeyError, KeyPair, Stream};
 use super::run_directory::{Lock, RunDirectory, RunDirectoryError};
 use super::up::Known;
 use super::{MonitorName, files};
-use crate::protocol::{Client, ClientError};
+use crate::protocol::{CHANNELS, Client, ClientError};
 
 /// How long one attempt waits for the monitor's answer. One that is still
 /// booting does not answer, and the port may lose what was said to it.
 const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// How long it is waited for a turn without a word.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// Why there is no conversation.
 #[derive(Debug, thiserror::Error)]
@@ -32,12 +35,19 @@ pub enum ConnectError {
         /// Those that there are.
         known: Known,
     },
-    /// Another client talks to it.
-    #[error("another process talks to monitor {0} (`secmon monitor attach`?): one at a time can")]
-    Busy(MonitorName),
+    /// Other clients talk to it.
+    #[error(
+        "as many others as can at once ({CHANNELS}) talk to monitor {name} (`secmon monitor attach`?), and none of them ended within {waited:.0?}"
+    )]
+    Busy {
+        /// The name.
+        name: MonitorName,
+        /// How long it was waited for one to end.
+        waited: Duration,
+    },
     /// Its VM does not run.
     #[error(
-        "monitor {name} can't be reached: {path}: {source}; `secmon monitor status --name {name}` says how it is"
+        "monitor {name} can't be reached: {path}: {source}; `secmon monitor status {name}` says how it is"
     )]
     Socket {
         /// The name.
@@ -73,11 +83,16 @@ pub struct Connection {
 }
 
 /// Begins a conversation with the monitor `name`, waiting for a turn and for a
-/// monitor that still boots until `deadline`.
+/// monitor that still boots until `deadline`. When others talk on all channels
+/// for a moment, `waits` is told how long it is going to be waited.
 ///
 /// # Errors
 /// [`ConnectError`].
-pub fn connect(name: &MonitorName, deadline: Instant) -> Result<Connection, ConnectError> {
+pub fn connect(
+    name: &MonitorName,
+    deadline: Instant,
+    waits: &mut dyn FnMut(Duration),
+) -> Result<Connection, ConnectError> {
     let directory = RunDirectory::of(name)?;
     if !directory.exists() {
         return Err(ConnectError::Unknown {
@@ -87,16 +102,24 @@ pub fn connect(name: &MonitorName, deadline: Instant) -> Result<Connection, Conn
     }
     let own = KeyPair::read(&directory.file(files::CLIENT_KEY))?;
     let monitor = KeyPair::read(&directory.file(files::MONITOR_KEY))?.public();
-    let turn = loop {
-        if let Some(turn) = directory.lock(files::CHANNEL_LOCK)? {
-            break turn;
+    let asked = Instant::now();
+    let mut told = false;
+    let (turn, path) = loop {
+        if let Some(free) = directory.free_channel()? {
+            break free;
         }
-        if Instant::now() >= deadline {
-            return Err(ConnectError::Busy(name.clone()));
+        let now = Instant::now();
+        let waited = now.saturating_duration_since(asked);
+        if now >= deadline {
+            let name = name.clone();
+            return Err(ConnectError::Busy { name, waited });
+        }
+        if waited >= MOMENT && !told {
+            told = true;
+            waits(deadline.saturating_duration_since(now));
         }
         std::thread::sleep(Duration::from_millis(20));
     };
-    let path = directory.channel_socket();
     loop {
         let attempt = Instant::now() + ATTEMPT;
         let failed = match UnixStream::connect(&path).and_then(Descriptor::new) {

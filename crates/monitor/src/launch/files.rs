@@ -11,7 +11,6 @@ pub const STATE: &str = "state.json";
 pub const SHAPES: &str = "shapes.json";
 pub const MACHINE: &str = "machine.json";
 pub const PLAN: &str = "plan.json";
-pub const CHANNEL_LOCK: &str = "channel.lock";
 pub const UP_LOCK: &str = "up.lock";
 pub const CONSOLE_LOG: &str = "console.log";
 pub const SUPERVISOR_LOG: &str = "supervisor.log";

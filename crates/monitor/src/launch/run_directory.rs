@@ -9,11 +9,11 @@
 //! | `client.key`, `monitor.key` | the key pairs of the host and of the monitor |
 //! | `processes.json` | the processes that belong to it |
 //! | `state.json` | what the supervisor last saw |
-//! | `channel.sock`, `qmp.sock` | QEMU's ends |
+//! | `channel.sock`, `channel-N.sock`, `qmp.sock` | QEMU's ends |
 //! | `gate-N.sock` | where the monitor's QEMU reaches the gate of target N |
 //! | `gate-N/` | that gate's key, which is its user's, and its grants |
 //! | `gate-N.json`, `gate-N.messages` | how it was started, what its processes said |
-//! | `channel.lock` | held by whoever talks to the monitor |
+//! | `channel.lock`, `channel-N.lock` | held by whoever talks to the monitor on that channel |
 //! | `console.log`, `supervisor.log` | bounded logs |
 //!
 //! The folder lies in `$XDG_RUNTIME_DIR/secmon`, else in `/run/secmon` for root
@@ -31,6 +31,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::MonitorName;
+use crate::protocol::CHANNELS;
 
 /// The longest path of a UNIX socket (`sockaddr_un`, without its final zero).
 const LONGEST_SOCKET_PATH: usize = 107;
@@ -125,6 +126,13 @@ pub fn base() -> Result<PathBuf, RunDirectoryError> {
     state.ok_or(RunDirectoryError::NoPlace)
 }
 
+fn channel_file(number: u32, kind: &str) -> String {
+    match number {
+        0 => format!("channel.{kind}"),
+        number => format!("channel-{number}.{kind}"),
+    }
+}
+
 impl RunDirectory {
     /// The folder of the monitor of this name.
     ///
@@ -139,8 +147,10 @@ impl RunDirectory {
             path: base.join(name.as_str()),
         };
         let longest = directory.file("gate-00.sock");
-        let length = longest.as_os_str().len();
-        if length.max(directory.channel_socket().as_os_str().len()) > LONGEST_SOCKET_PATH {
+        let channels = directory.channel_sockets();
+        let lengths = channels.iter().chain([&longest]);
+        let length = lengths.map(|path| path.as_os_str().len()).max();
+        if length.unwrap_or(0) > LONGEST_SOCKET_PATH {
             return Err(RunDirectoryError::TooLong { path: longest });
         }
         Ok(directory)
@@ -177,10 +187,30 @@ impl RunDirectory {
         self.path.join(name)
     }
 
-    /// QEMU's end of the channel.
+    /// QEMU's ends of the channels. A monitor that an older release started has
+    /// the first alone.
     #[must_use]
-    pub fn channel_socket(&self) -> PathBuf {
-        self.file("channel.sock")
+    pub fn channel_sockets(&self) -> Vec<PathBuf> {
+        let names = (0..CHANNELS).map(|number| channel_file(number, "sock"));
+        names.map(|name| self.file(&name)).collect()
+    }
+
+    /// Takes the turn to talk on one of the channels; `None` if others talk on
+    /// all of them.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn free_channel(&self) -> Result<Option<(Lock, PathBuf)>, RunDirectoryError> {
+        for (number, socket) in (0..).zip(self.channel_sockets()) {
+            // The first is waited for: the VM may just be starting.
+            if number > 0 && !socket.exists() {
+                continue;
+            }
+            if let Some(turn) = self.lock(&channel_file(number, "lock"))? {
+                return Ok(Some((turn, socket)));
+            }
+        }
+        Ok(None)
     }
 
     /// QEMU's QMP.
@@ -337,6 +367,24 @@ mod tests {
         assert!(directory.lock("lock").expect("a file").is_none());
         drop(first);
         assert!(directory.lock("lock").expect("a file").is_some());
+    }
+
+    #[test]
+    fn as_many_talk_as_there_are_channels() {
+        let base = tempfile::tempdir().expect("a folder");
+        let directory = directory(base.path());
+        directory.make().expect("made");
+        let take = || directory.free_channel().expect("a file");
+        let first = take().expect("free");
+        assert!(take().is_none(), "of the others there is no socket");
+        for socket in directory.channel_sockets() {
+            fs::write(socket, "").expect("a file");
+        }
+        let others: Vec<_> = std::iter::from_fn(take).collect();
+        assert_eq!(others.len(), CHANNELS as usize - 1);
+        drop(first);
+        let (_turn, socket) = take().expect("free again");
+        assert_eq!(socket, directory.file("channel.sock"));
     }
 
     #[test]

@@ -53,8 +53,8 @@ pub struct StartPlan {
     pub configuration: PathBuf,
     /// Where QMP is to listen.
     pub qmp_socket: PathBuf,
-    /// Where the monitor's channel is to listen.
-    pub channel_socket: PathBuf,
+    /// Where the monitor's channels are to listen.
+    pub channel_sockets: Vec<PathBuf>,
     /// Where it writes down which process it is, before anything else: whoever
     /// started it may be killed before that is known.
     pub record: PathBuf,
@@ -141,7 +141,8 @@ fn prepare(plan_file: &Path) -> Result<Command, StartError> {
     let initramfs = readable(&plan, &plan.initramfs)?;
     let configuration = copy(&plan.configuration)?;
     let qmp = listen(&plan.qmp_socket)?;
-    let channel = listen(&plan.channel_socket)?;
+    let channels = plan.channel_sockets.iter().map(|path| listen(path));
+    let channels: Vec<UnixListener> = channels.collect::<Result<_, _>>()?;
     let descriptors = Descriptors {
         kernel: kept(&kernel)?,
         initramfs: kept(&initramfs)?,
@@ -149,7 +150,7 @@ fn prepare(plan_file: &Path) -> Result<Command, StartError> {
         // Standard input, output and error are the console's socket.
         console: 0,
         qmp: kept(&qmp)?,
-        channel: kept(&channel)?,
+        channels: channels.iter().map(kept).collect::<Result<_, _>>()?,
     };
     let open = [&kernel, &initramfs].map(|file| OpenFile { file });
     limit()?;
@@ -170,13 +171,9 @@ fn prepare(plan_file: &Path) -> Result<Command, StartError> {
     command.env("PATH", "/usr/bin:/bin");
     command.current_dir("/");
     // Open in QEMU under the same numbers; this process ends as QEMU begins.
-    for descriptor in [
-        OwnedFd::from(kernel),
-        initramfs.into(),
-        configuration.into(),
-        qmp.into(),
-        channel.into(),
-    ] {
+    let files = [kernel, initramfs, configuration].map(OwnedFd::from);
+    let sockets = channels.into_iter().chain([qmp]).map(OwnedFd::from);
+    for descriptor in sockets.chain(files) {
         std::mem::forget(descriptor);
     }
     Ok(command)

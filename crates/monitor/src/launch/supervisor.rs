@@ -31,7 +31,7 @@ use super::state::{Processes, Settings, State, TargetState, now};
 use super::target::{RunningTarget, TargetError, TargetName};
 use super::{MonitorName, files};
 use crate::protocol::{
-    Configuration, ConfigurationError, GateConfiguration, Limits, TargetConfiguration,
+    CHANNELS, Configuration, ConfigurationError, GateConfiguration, Limits, TargetConfiguration,
 };
 
 /// How often it looks around.
@@ -343,7 +343,7 @@ impl Supervisor {
             initramfs: self.settings.initramfs.clone(),
             configuration: self.directory.file(files::CONFIGURATION),
             qmp_socket: self.directory.qmp_socket(),
-            channel_socket: self.directory.channel_socket(),
+            channel_sockets: self.directory.channel_sockets(),
             record: self.directory.file(files::MACHINE),
             ram_files: named
                 .clone()
@@ -455,6 +455,7 @@ impl Supervisor {
                     }
                 })
                 .collect(),
+            channels: CHANNELS,
             limits: Limits::default(),
         };
         configuration.check()?;

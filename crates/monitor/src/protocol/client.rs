@@ -28,7 +28,12 @@ const KEPT: usize = 4096;
 pub enum ClientError {
     /// The channel failed.
     #[error(transparent)]
-    Channel(#[from] ChannelError),
+    Channel(ChannelError),
+    /// What answers was started anew.
+    #[error(
+        "the monitor ended the conversation: it has been started anew, or looks at its targets anew as one came or went; ask again"
+    )]
+    StartedAnew,
     /// The monitor refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -45,6 +50,16 @@ pub enum ClientError {
         "the monitor sends more than it was asked for, which a sound one never does; the conversation is ended"
     )]
     Unasked,
+}
+
+impl From<ChannelError> for ClientError {
+    fn from(error: ChannelError) -> Self {
+        match error {
+            // What a monitor says first, to whom an earlier one talked.
+            ChannelError::FrameLength { length: u32::MAX } => Self::StartedAnew,
+            error => Self::Channel(error),
+        }
+    }
 }
 
 /// A part of an answer.
@@ -367,6 +382,32 @@ mod tests {
         monitor.join().expect("no panic");
         assert!(taken <= 1);
         end
+    }
+
+    #[test]
+    fn a_monitor_that_was_started_anew_says_so() {
+        use std::io::Write as _;
+        let (left, mut right) = UnixStream::pair().expect("a pair");
+        let [client, monitor] = [(); 2].map(|()| KeyPair::generate().expect("a key"));
+        let peers = [Peer {
+            name: "client".into(),
+            key: client.public(),
+        }];
+        let key = monitor.public();
+        let monitor = std::thread::spawn(move || {
+            let again = right.try_clone().expect("a socket");
+            let stream: Arc<dyn Stream> = Arc::new(Descriptor::new(again).expect("a stream"));
+            let accepted = Session::accept(&stream, &monitor, &peers, ROLE, silence());
+            let (mut session, _) = accepted.expect("a session");
+            let _: Request = session.receive(silence()).expect("a request");
+            right.write_all(&[0xff; 8]).expect("written");
+            right
+        });
+        let stream: Arc<dyn Stream> = Arc::new(Descriptor::new(left).expect("a stream"));
+        let mut client = Client::connect(&stream, &client, &key, silence()).expect("a session");
+        let error = client.status().expect_err("nobody answers");
+        assert!(matches!(error, ClientError::StartedAnew), "{error}");
+        drop(monitor.join().expect("no panic"));
     }
 
     #[test]

@@ -16,6 +16,8 @@ const VERSION: u32 = 1;
 const MAX_BYTES: usize = 256 << 10;
 /// The most targets and clients.
 const MAX_ENTRIES: usize = 64;
+/// The most ports for clients.
+const MAX_CHANNELS: u64 = 8;
 /// The longest name.
 const MAX_NAME: usize = 64;
 
@@ -33,6 +35,9 @@ pub struct Configuration {
     pub clients: Vec<Peer>,
     /// What is watched.
     pub targets: Vec<TargetConfiguration>,
+    /// How many ports there are by which clients come.
+    #[serde(default = "one_channel")]
+    pub channels: u32,
     /// How much of what is kept and served.
     #[serde(default)]
     pub limits: Limits,
@@ -213,6 +218,7 @@ impl Configuration {
             poll_ms,
         } = self.limits;
         for (what, value, least, most) in [
+            ("channels", u64::from(self.channels), 1, MAX_CHANNELS),
             ("limits.findings", findings as u64, 16, 65_536),
             ("limits.requests", requests as u64, 1, 16),
             ("limits.poll_ms", poll_ms, 50, 60_000),
@@ -228,6 +234,11 @@ impl Configuration {
         }
         Ok(())
     }
+}
+
+/// What a document without the number means.
+fn one_channel() -> u32 {
+    1
 }
 
 fn check_name(what: &'static str, name: &str) -> Result<(), ConfigurationError> {
@@ -292,6 +303,7 @@ mod tests {
                     key: keys.public(),
                 }),
             }],
+            channels: 4,
             limits: Limits::default(),
         }
     }
@@ -307,10 +319,11 @@ mod tests {
         let least = text
             .replace(r#","pci":"0000:00:10.0","ram_size":536870912"#, "")
             .replace(
-                r#","limits":{"findings":4096,"requests":4,"poll_ms":1000}"#,
+                r#","channels":4,"limits":{"findings":4096,"requests":4,"poll_ms":1000}"#,
                 "",
             );
         let read = Configuration::parse(least.as_bytes()).expect("a configuration");
+        assert_eq!(read.channels, 1);
         assert!(read.targets[0].pci.is_none() && read.limits == Limits::default());
     }
 

@@ -39,8 +39,22 @@ pub const ROLE: Role = Role {
     version: 1,
 };
 
-/// The virtio-serial port by which clients reach the monitor.
+/// The virtio-serial port by which clients reach the monitor; QEMU connects
+/// one client at a time to a port.
 pub const CHANNEL_PORT: &str = "org.secmon.channel";
+
+/// The ports of a monitor that the launcher starts: as many clients can ask it
+/// at once.
+pub const CHANNELS: u32 = 4;
+
+/// The name of the port of a channel, of which the first has the number 0.
+#[must_use]
+pub fn channel_port(number: u32) -> String {
+    match number {
+        0 => CHANNEL_PORT.to_owned(),
+        number => format!("{CHANNEL_PORT}.{number}"),
+    }
+}
 
 /// The name in QEMU's fw_cfg under which the monitor finds its configuration.
 pub const CONFIGURATION_NAME: &str = "opt/secmon/configuration";

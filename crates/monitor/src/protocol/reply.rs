@@ -426,4 +426,6 @@ pub enum FindingKind {
     QemuEnded,
     /// The target's QEMU is there again, as its gate says.
     QemuStarted,
+    /// The target was migrated away, as its gate says.
+    TargetMigrated,
 }

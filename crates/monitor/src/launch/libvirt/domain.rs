@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use crate::launch::command_line::GatePort;
 use crate::launch::gates::port_name;
+use crate::protocol::channel_port;
 
 /// A target's RAM, as it is given to a monitoring VM under libvirt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +38,8 @@ pub struct MonitorDomain {
     pub kernel_arguments: String,
     /// The monitor's configuration.
     pub configuration: PathBuf,
-    /// Where the channel is to listen.
-    pub channel: PathBuf,
+    /// Where the channels are to listen.
+    pub channels: Vec<PathBuf>,
     /// The targets' RAM, by slot.
     pub targets: Vec<TargetRam>,
     /// The ports to the targets' gates.
@@ -69,6 +70,19 @@ impl MonitorDomain {
                 // Writing to a string does not fail.
                 let _ = writeln!(arguments, "    <qemu:arg value='{}'/>", escaped(&value));
             }
+        }
+        let mut channels = String::new();
+        for (number, socket) in (0..).zip(&self.channels) {
+            let _ = write!(
+                channels,
+                "    <channel type='unix'>
+      <source mode='bind' path='{}'/>
+      <target type='virtio' name='{}'/>
+    </channel>
+",
+                path(socket),
+                channel_port(number),
+            );
         }
         let mut gates = String::new();
         for GatePort { number, socket } in &self.gates {
@@ -109,11 +123,7 @@ impl MonitorDomain {
   <devices>
     <controller type='usb' model='none'/>
     <controller type='virtio-serial' index='0'/>
-    <channel type='unix'>
-      <source mode='bind' path='{channel}'/>
-      <target type='virtio' name='org.secmon.channel'/>
-    </channel>
-{gates}    <serial type='pty'/>
+{channels}{gates}    <serial type='pty'/>
     <memballoon model='none'/>
   </devices>
   <qemu:commandline>
@@ -132,7 +142,6 @@ impl MonitorDomain {
             } else {
                 "maximum"
             },
-            channel = path(&self.channel),
         )
     }
 }
