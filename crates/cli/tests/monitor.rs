@@ -16,6 +16,7 @@ use host::{
 };
 use secmon_gate::protocol::{Answer, Refusal, Request, Right, TargetState};
 use secmon_lab::{Backing, Emulator, Guest, QmpAccess, Suite};
+use secmon_platform::qemu::QmpClient;
 use serde_json::Value;
 
 /// Nothing but reading: the target's file is open for reading and mapped so,
@@ -176,7 +177,11 @@ fn a_monitor_comes_up_survives_and_goes() {
         assert_runs(&guest);
     }
 
+    taken_over_before_it_runs(&host, target);
+    assert_runs(&guest);
+
     // The target ends and another one of its name starts.
+    host.wait("its gate", |host| host.gate().is_some());
     let gate = host.gate().expect("a gate");
     drop(guest);
     host.wait("the target's end", |host| host.target() == "absent");
@@ -206,6 +211,51 @@ fn a_monitor_comes_up_survives_and_goes() {
     assert!(said.contains("as it was written"), "{said}");
     let log = fs::read_to_string(&log).expect("a log");
     assert!(log.contains("\"outcome\":\"denied\""), "{log}");
+}
+
+/// What the monitor's QEMU says that its VM does, while nobody else asks.
+fn machine_state(host: &Host) -> Option<String> {
+    let socket = host.folder.path().join("secmon/m/qmp.sock");
+    let mut client = QmpClient::connect(&socket, PATIENCE).ok()?;
+    client.status().ok().map(|state| state.status)
+}
+
+/// The supervisor dies while it starts the VM, which stands still then: the
+/// next one brings a VM to run.
+fn taken_over_before_it_runs(host: &Host, target: &str) {
+    const ATTEMPTS: u32 = 20;
+    for attempt in 1.. {
+        assert!(attempt <= ATTEMPTS, "the supervisor was never quick enough");
+        let machine = host.pid("machine").expect("a VM");
+        let supervisor = host.pid("supervisor").expect("a supervisor");
+        kill(machine);
+        // The least that can be waited for: its number is written down.
+        let deadline = Instant::now() + PATIENCE;
+        while host.pid("machine").is_none_or(|pid| pid == machine) {
+            assert!(Instant::now() < deadline, "no other VM");
+        }
+        kill(supervisor);
+        let state = machine_state(host);
+        let there = host.pid("machine");
+        let begun = boots(host);
+        let said = succeeded(&host.up(target, &[]));
+        host.wait("the target again", |host| {
+            host.is_fresh() && host.target() == "watched"
+        });
+        if state.as_deref() == Some("prelaunch") {
+            assert!(said.contains("another VM was started"), "{said}");
+            assert_ne!(host.pid("machine"), there);
+            host.wait("a VM that runs", |host| boots(host) > begun);
+            return;
+        }
+    }
+}
+
+/// How often a monitoring VM's guest has come to its process 1.
+fn boots(host: &Host) -> usize {
+    let log = host.folder.path().join("secmon/m/console.log");
+    let text = fs::read(log).unwrap_or_default();
+    String::from_utf8_lossy(&text).matches("ready").count()
 }
 
 #[test]
@@ -289,7 +339,7 @@ fn a_target_whose_qmp_is_not_free_is_watched_without_a_gate() {
         .expect("a guest");
     let host = Host::new(&guest.kernel().image());
     let socket = guest.qmp_socket().expect("a socket");
-    let holder = secmon_platform::qemu::QmpClient::connect(&socket, PATIENCE).expect("greeted");
+    let holder = QmpClient::connect(&socket, PATIENCE).expect("greeted");
     let said = succeeded(&host.up("qemu:launcher-held", &[]));
     let path = socket.display().to_string();
     assert!(

@@ -226,6 +226,7 @@ fn show_up(name: &MonitorName, up: &Up, format: Format, reporter: Reporter) -> R
         Origin::Started => "was started",
         Origin::Found => "runs already; nothing was changed",
         Origin::Recovered => "has a new supervisor; its VM went on",
+        Origin::Replaced => "has a new supervisor; its VM did not run, and another VM was started",
     };
     let pid = up.processes.machine.map(|machine| machine.pid);
     reporter.note(format_args!("the monitoring VM is process {pid:?}"));

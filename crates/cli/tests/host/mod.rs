@@ -93,12 +93,7 @@ impl Host {
     }
 
     pub fn secmon(&self, words: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_secmon"))
-            .env("XDG_RUNTIME_DIR", self.folder.path())
-            .env("XDG_STATE_HOME", self.folder.path())
-            .args(words)
-            .output()
-            .expect("secmon")
+        self.command(words).output().expect("secmon")
     }
 
     pub fn up(&self, target: &str, more: &[&str]) -> Output {
@@ -170,11 +165,26 @@ impl Host {
 
     /// The state of the only target.
     pub fn target(&self) -> String {
+        self.target_at(0)
+    }
+
+    /// The state of the target in this slot.
+    pub fn target_at(&self, slot: usize) -> String {
         let state = self.json("state.json");
-        state["targets"][0][1]["state"]
+        state["targets"][slot][1]["state"]
             .as_str()
             .unwrap_or_default()
             .to_owned()
+    }
+
+    /// `secmon`, to be started.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_secmon"));
+        command
+            .env("XDG_RUNTIME_DIR", self.folder.path())
+            .env("XDG_STATE_HOME", self.folder.path())
+            .args(words);
+        command
     }
 
     pub fn wait(&self, what: &str, mut condition: impl FnMut(&Self) -> bool) {

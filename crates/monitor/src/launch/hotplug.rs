@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use secmon_platform::qemu::{QemuDescriptor, QmpClient, QmpError};
+use secmon_platform::qemu::{QemuDescriptor, QmpClient, QmpError, RunState};
 use serde_json::{Value, json};
 
 use super::command_line::{descriptor_path, port_id};
@@ -64,6 +64,25 @@ impl Plug {
             generation: 0,
             spent: Vec::new(),
         })
+    }
+
+    /// Connects anew, after a command that was not answered.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn reconnect(&mut self, socket: &Path) -> Result<(), QmpError> {
+        let generation = self.generation;
+        *self = Self::connect(socket)?;
+        self.generation = generation;
+        Ok(())
+    }
+
+    /// What the VM does.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub fn run_state(&mut self) -> Result<RunState, QmpError> {
+        self.qmp.status()
     }
 
     /// Lets the VM run that was set up.

@@ -10,11 +10,14 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use secmon_channel::{KeyError, KeyPair, Peer};
 use secmon_platform::qemu::{QmpError, RamFileKind};
 use serde::{Deserialize, Serialize};
@@ -28,7 +31,7 @@ use super::read_access;
 use super::run_directory::{Lock, RunDirectory, RunDirectoryError};
 use super::starter::StartPlan;
 use super::state::{Processes, Settings, State, TargetState, now};
-use super::target::{RunningTarget, TargetError, TargetName};
+use super::target::{RunningTarget, TargetError, TargetName, device_size};
 use super::{MonitorName, files};
 use crate::protocol::{
     CHANNELS, Configuration, ConfigurationError, GateConfiguration, Limits, TargetConfiguration,
@@ -46,6 +49,11 @@ const START: Duration = Duration::from_secs(60);
 const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// A VM that ran this long has the first wait again.
 const STEADY: Duration = Duration::from_secs(120);
+
+/// A VM whose QEMU has not answered for so long is ended.
+const SILENT: Duration = Duration::from_secs(120);
+/// What is said of a target that ended the VM.
+const DISTRUSTED: &str = "its RAM file was shortened while it was watched, which ended the monitoring VM: start its QEMU anew";
 
 /// Why a supervisor can't do its work.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +101,18 @@ struct Running {
     shapes: Vec<Shape>,
     /// The RAM files that its confinement lets it open.
     openable: Vec<(u64, u64)>,
+    /// Since when it has not answered.
+    silent: Option<Instant>,
+}
+
+/// A target's RAM file as it was when it was plugged in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Mark {
+    process: ProcessRecord,
+    length: u64,
+    /// When its length was last changed. Only a file in memory says so: one on a
+    /// disk is modified by what the guest writes, too.
+    modified: Option<(i64, i64)>,
 }
 
 /// What a monitor must know of a target's RAM before it starts.
@@ -121,6 +141,10 @@ struct Supervisor {
     gates: Gates,
     back_off: Duration,
     start_at: Instant,
+    /// By slot.
+    marks: Vec<Option<Mark>>,
+    /// The QEMUs whose RAM files ended the VM: they are watched no more.
+    distrusted: Vec<ProcessRecord>,
 }
 
 /// Runs the supervisor of the monitor `name`. Only comes back with an error:
@@ -149,6 +173,8 @@ pub fn supervise(name: &MonitorName) -> Result<std::convert::Infallible, Supervi
         gates,
         back_off: BACK_OFF.0,
         start_at: Instant::now(),
+        marks: Vec::new(),
+        distrusted: Vec::new(),
     };
     supervisor.adopt()?;
     supervisor.run()
@@ -171,6 +197,7 @@ impl Supervisor {
                 let _ = console.drain();
             }
             if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+                self.check();
                 self.look();
                 self.tend_gates()?;
                 looked = Some(Instant::now());
@@ -192,6 +219,13 @@ impl Supervisor {
         processes.supervisor = own;
         self.state.supervisor = own;
         let machine = processes.machine.filter(|machine| machine.is_alive());
+        // Its own word, if the supervisor before had no time to write it down.
+        let stray: Option<ProcessRecord> = self.directory.read(files::MACHINE)?;
+        if let Some(stray) = stray.filter(|stray| machine != Some(*stray) && stray.is_alive()) {
+            self.state
+                .note("a monitoring VM that had just been started is ended");
+            let _ = stray.end(Duration::from_secs(5));
+        }
         processes.machine = machine;
         self.directory.write(files::PROCESSES, &processes)?;
         self.state.targets = self.absent();
@@ -199,8 +233,12 @@ impl Supervisor {
             self.state.machine_since = None;
             return Ok(());
         };
-        match Plug::connect(&self.directory.qmp_socket()) {
-            Ok(plug) => {
+        let connected = Plug::connect(&self.directory.qmp_socket()).and_then(|mut plug| {
+            let state = plug.run_state()?;
+            Ok((plug, state))
+        });
+        match connected {
+            Ok((plug, state)) if state.running => {
                 self.state
                     .note("a new supervisor took over the running monitoring VM");
                 let made: Option<Made> = self.directory.read(files::SHAPES)?;
@@ -213,8 +251,18 @@ impl Supervisor {
                     since: Instant::now(),
                     shapes,
                     openable,
+                    silent: None,
                 });
                 self.replug();
+            }
+            Ok((_, state)) => {
+                // Nobody knows how far its supervisor had come with it.
+                self.state.note(format!(
+                    "the monitoring VM left by an earlier supervisor does not run ({}); another one is started",
+                    state.status
+                ));
+                let _ = process.end(Duration::from_secs(5));
+                self.forget_machine()?;
             }
             Err(error) => {
                 self.state.note(format!(
@@ -254,13 +302,16 @@ impl Supervisor {
         let Some(machine) = &mut self.machine else {
             return;
         };
-        let status = match &mut machine.child {
+        let (status, by_fault) = match &mut machine.child {
             Some(child) => match child.try_wait() {
-                Ok(Some(status)) => status.to_string(),
+                Ok(Some(status)) => {
+                    let bus = status.signal() == Some(Signal::BUS.as_raw());
+                    (status.to_string(), bus)
+                }
                 _ => return,
             },
             None if machine.process.is_alive() => return,
-            None => "of which nothing is known".to_owned(),
+            None => ("of which nothing is known".to_owned(), false),
         };
         if let Some(console) = &mut machine.console {
             let _ = console.drain();
@@ -272,7 +323,87 @@ impl Supervisor {
             "the monitoring VM ended ({status}); it is started again in {:?}",
             self.back_off
         ));
+        self.look_for_changed_files(by_fault);
         self.machine_ended();
+    }
+
+    /// Notices a VM that stands still: QEMU stops it when the processor can't
+    /// read memory that it maps, and when it answers no more.
+    fn check(&mut self) {
+        let socket = self.directory.qmp_socket();
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let (why, by_fault) = match machine.plug.run_state() {
+            Ok(state) if state.running => {
+                machine.silent = None;
+                return;
+            }
+            Ok(state) => {
+                let fault = state.status == "internal-error";
+                (format!("stands still ({})", state.status), fault)
+            }
+            Err(error) => {
+                let since = *machine.silent.get_or_insert_with(Instant::now);
+                if since.elapsed() < SILENT {
+                    // What is wrong is noted if it stays so.
+                    let _ = machine.plug.reconnect(&socket);
+                    return;
+                }
+                (format!("does not answer ({error})"), false)
+            }
+        };
+        self.state.note(format!(
+            "the monitoring VM {why}; it is ended and started again in {:?}",
+            self.back_off
+        ));
+        if !machine.process.end(Duration::from_secs(5)) {
+            self.state.note("the monitoring VM can't be ended");
+            return;
+        }
+        if let Some(child) = &mut machine.child {
+            let _ = child.wait();
+        }
+        self.look_for_changed_files(by_fault);
+        self.machine_ended();
+    }
+
+    /// After the VM's end: was it a RAM file that was shortened while the VM
+    /// read it? The target's QEMU then is not watched any more, so that it can't
+    /// end the VM again. `by_fault`: whether it ended as if so.
+    fn look_for_changed_files(&mut self, by_fault: bool) {
+        let mut shortened = Vec::new();
+        let mut modified = Vec::new();
+        for (mark, name) in self.marks.iter().zip(&self.settings.targets) {
+            let Some(mark) = mark else {
+                continue;
+            };
+            let Ok(target) = name.find() else {
+                continue;
+            };
+            if target.process != mark.process {
+                continue;
+            }
+            let Some(now) = mark_of(&target) else {
+                continue;
+            };
+            if now.length < mark.length {
+                shortened.push((name.to_string(), mark.process));
+            } else if now != *mark {
+                modified.push((name.to_string(), mark.process));
+            }
+        }
+        let (blamed, what) = match (shortened.is_empty(), by_fault) {
+            (false, _) => (shortened, "was shortened"),
+            (true, true) => (modified, "was changed in length"),
+            (true, false) => return,
+        };
+        for (name, process) in blamed {
+            self.state.note(format!(
+                "the RAM file of {name} {what} while the monitoring VM had it mapped: it is not watched until its QEMU is started anew"
+            ));
+            self.distrusted.push(process);
+        }
     }
 
     fn machine_ended(&mut self) {
@@ -405,6 +536,7 @@ impl Supervisor {
             since: Instant::now(),
             shapes,
             openable,
+            silent: None,
         })
     }
 
@@ -464,11 +596,14 @@ impl Supervisor {
     }
 
     /// Plugs a target in and says what it is now.
-    fn plug_in(&self, plug: &mut Plug, slot: usize, target: &RunningTarget) -> TargetState {
+    fn plug_in(&mut self, plug: &mut Plug, slot: usize, target: &RunningTarget) -> TargetState {
         let Some(name) = self.settings.targets.get(slot) else {
             return TargetState::Absent;
         };
         let refused = |reason: String| TargetState::Refused { reason };
+        if self.distrusted.contains(&target.process) {
+            return refused(DISTRUSTED.to_owned());
+        }
         let (file, size) = match name.open_ram(target) {
             Ok(opened) => opened,
             Err(error) => return refused(error.to_string()),
@@ -480,6 +615,12 @@ impl Supervisor {
             return refused(format!(
                 "giving the monitor's user reading of {shown}: {error}"
             ));
+        }
+        if self.marks.len() <= slot {
+            self.marks.resize(slot + 1, None);
+        }
+        if let Some(mark) = self.marks.get_mut(slot) {
+            *mark = mark_of(target);
         }
         let slot = u32::try_from(slot).unwrap_or(u32::MAX);
         match plug.plug(slot, &file, size) {
@@ -540,6 +681,9 @@ impl Supervisor {
             };
             let state = match found {
                 Err(error) => without(&error),
+                Ok(target) if self.distrusted.contains(&target.process) => TargetState::Refused {
+                    reason: DISTRUSTED.to_owned(),
+                },
                 Ok(target) => match fits(&machine, slot, &target) {
                     Ok(()) => self.plug_in(&mut machine.plug, slot, &target),
                     Err(why) => {
@@ -621,15 +765,41 @@ impl Supervisor {
     }
 }
 
+/// tmpfs, which memfds are of, and hugetlbfs (`linux/magic.h`).
+const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x9584_58f6];
+
+/// A target's RAM file as it is now.
+fn mark_of(target: &RunningTarget) -> Option<Mark> {
+    let metadata = fs::metadata(&target.ram.path).ok()?;
+    let system = rustix::fs::statfs(&target.ram.path).ok()?;
+    let in_memory = u64::try_from(system.f_type).is_ok_and(|kind| IN_MEMORY.contains(&kind));
+    Some(Mark {
+        process: target.process,
+        length: metadata.len(),
+        modified: in_memory.then(|| (metadata.mtime(), metadata.mtime_nsec())),
+    })
+}
+
 fn shape(target: &RunningTarget) -> (u64, Option<String>) {
     let layout = target.ram.layout.as_ref().map(ToString::to_string);
     (target.ram.ram_size, layout)
 }
 
+/// Whether the target's RAM is what the monitor takes a device's memory for
+/// that it was told nothing of: all of it, in one piece from address 0 on.
+fn fills_its_device(target: &RunningTarget) -> bool {
+    let size = target.ram.ram_size;
+    let whole = format!("0x0-{size:#x}@0x0");
+    let layout = target.ram.layout.as_ref().map(ToString::to_string);
+    device_size(size) == size && layout == Some(whole)
+}
+
 /// Whether the running VM can take the target as it is.
 fn fits(machine: &Running, slot: usize, target: &RunningTarget) -> Result<(), Misfit> {
-    if machine.shapes.get(slot).cloned().flatten() != Some(shape(target)) {
-        return Err(Misfit::Shape);
+    match machine.shapes.get(slot).cloned().flatten() {
+        Some(known) if known == shape(target) => {}
+        None if fills_its_device(target) => {}
+        _ => return Err(Misfit::Shape),
     }
     if target.ram.kind == RamFileKind::Anonymous || machine.openable.contains(&target.ram.identity)
     {

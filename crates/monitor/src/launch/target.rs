@@ -195,6 +195,20 @@ pub enum TargetError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The file does not hold all of the RAM any more.
+    #[error(
+        "{target}: its RAM file {file} has {length:#x} bytes, its RAM {size:#x}: somebody shortened it, and reading what is cut off would end the monitoring VM; start the target's QEMU anew"
+    )]
+    Shortened {
+        /// The target.
+        target: String,
+        /// The file.
+        file: String,
+        /// Its bytes.
+        length: u64,
+        /// The target's RAM.
+        size: u64,
+    },
     /// The file can't be opened.
     #[error("{target}: opening its RAM file {file}: {source}")]
     Open {
@@ -294,6 +308,14 @@ impl TargetName {
         };
         let file = ram.open().map_err(open)?;
         let length = file.metadata().map_err(open)?.len();
+        if length < ram.ram_size {
+            return Err(TargetError::Shortened {
+                target: self.to_string(),
+                file: shown.clone(),
+                length,
+                size: ram.ram_size,
+            });
+        }
         let wanted = device_size(ram.ram_size);
         if length < wanted {
             let extend = || File::options().write(true).open(&ram.path)?.set_len(wanted);

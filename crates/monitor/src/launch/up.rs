@@ -188,6 +188,9 @@ pub enum Origin {
     Found,
     /// Its VM ran; its supervisor had died and there is a new one.
     Recovered,
+    /// Its supervisor had died, and its VM with it or before it ran: both are
+    /// new.
+    Replaced,
 }
 
 /// Starts a monitor, or finds that it runs.
@@ -255,9 +258,13 @@ fn find(options: &UpOptions, directory: &RunDirectory, settings: Settings) -> Re
             origin: Origin::Found,
         });
     }
-    let origin = Origin::Recovered;
+    let before = processes.machine;
     spawn(&options.name, directory)?;
-    wait(&options.name, directory, settings, origin)
+    let mut up = wait(&options.name, directory, settings, Origin::Recovered)?;
+    if up.processes.machine != before {
+        up.origin = Origin::Replaced;
+    }
+    Ok(up)
 }
 
 fn start(options: &UpOptions, directory: &RunDirectory) -> Result<Up, UpError> {
