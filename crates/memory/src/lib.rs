@@ -13,6 +13,7 @@ mod buffer;
 mod cache;
 mod heap;
 mod mapped;
+mod mappings;
 mod paging;
 mod physical;
 mod space;
@@ -24,6 +25,7 @@ pub use buffer::Buffer;
 pub use cache::{CachedMemory, Freshness};
 pub use heap::HeapMemory;
 pub use mapped::{MapError, MappedMemory};
+pub use mappings::{MappedPage, MappingsError};
 pub use paging::{
     NotPresent, PageSize, PagingMode, Rights, TableLevel, Translation, TranslationError,
 };

@@ -69,16 +69,16 @@ impl TableLevel {
 }
 
 /// What an entry of one level may be: a row of the format.
-struct Format {
-    level: TableLevel,
+pub(crate) struct Format {
+    pub(crate) level: TableLevel,
     /// The lowest virtual address bit that selects the entry.
-    shift: u32,
+    pub(crate) shift: u32,
     /// The page that a leaf of this level maps, if there may be one.
     page: Option<PageSize>,
 }
 
 /// The whole format, top level first.
-const FORMAT: [Format; 5] = [
+pub(crate) const FORMAT: [Format; 5] = [
     Format {
         level: TableLevel::Pml5,
         shift: 48,
@@ -106,13 +106,13 @@ const FORMAT: [Format; 5] = [
     },
 ];
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const LARGE: u64 = 1 << 7;
+pub(crate) const PRESENT: u64 = 1 << 0;
+pub(crate) const WRITABLE: u64 = 1 << 1;
+pub(crate) const USER: u64 = 1 << 2;
+pub(crate) const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 /// Bits 51 to 12: the frame of a table or 4 KiB page.
-const FRAME: u64 = 0x000f_ffff_ffff_f000;
+pub(crate) const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 impl fmt::Display for TableLevel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -271,6 +271,29 @@ pub enum TranslationError {
     },
 }
 
+/// The bits of a leaf that must be zero and are not. In a large page's entry
+/// bit 12 is the PAT bit, not address; the bits from 13 to the page's size are
+/// reserved.
+fn reserved(entry: u64, page_size: PageSize) -> u64 {
+    entry & FRAME & (page_size.bytes() - 1) & !(1 << 12)
+}
+
+/// The page that a leaf of this level maps; none if the hardware would fault.
+pub(crate) fn leaf(format: &Format, entry: u64) -> Option<(PhysicalAddress, PageSize)> {
+    let size = format.page?;
+    let frame = entry & FRAME & !(size.bytes() - 1);
+    (reserved(entry, size) == 0).then_some((PhysicalAddress::new(frame), size))
+}
+
+/// The rights that all levels give together.
+pub(crate) fn rights(allowed: u64, forbidden: u64) -> Rights {
+    Rights {
+        writable: allowed & WRITABLE != 0,
+        user: allowed & USER != 0,
+        executable: forbidden & NO_EXECUTE == 0,
+    }
+}
+
 /// Walks the tables from `root` (bits 51 to 12 of it), reading each entry once
 /// through `read`.
 #[inline]
@@ -331,10 +354,8 @@ pub(crate) fn walk(
                 bits,
             });
         };
-        // In a large page's entry bit 12 is the PAT bit, not address; the
-        // bits from 13 to the page's size are reserved.
         let offset_mask = page_size.bytes() - 1;
-        let bits = entry & FRAME & offset_mask & !(1 << 12);
+        let bits = reserved(entry, page_size);
         if bits != 0 {
             return Err(TranslationError::ReservedBits {
                 address,
@@ -348,11 +369,7 @@ pub(crate) fn walk(
         return Ok(Translation {
             physical: PhysicalAddress::new(frame | (address.as_u64() & offset_mask)),
             page_size,
-            rights: Rights {
-                writable: allowed & WRITABLE != 0,
-                user: allowed & USER != 0,
-                executable: forbidden & NO_EXECUTE == 0,
-            },
+            rights: rights(allowed, forbidden),
             entry,
         });
     }
