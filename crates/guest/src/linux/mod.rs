@@ -47,6 +47,7 @@ pub mod symbols;
 pub mod taint;
 pub mod task;
 pub mod threads;
+pub mod tracing;
 pub mod tree;
 pub mod tty;
 pub mod types;

@@ -1,0 +1,99 @@
+//! kprobes (`kernel/kprobes.c`): the hash table of those that are registered.
+
+use secmon_memory::{ReadError, VirtualAddress};
+
+use crate::linux::list::chain::{ChainEnd, chain_entries};
+use crate::linux::list::entries;
+use crate::{Diagnostic, Guest, TableError, layout};
+
+/// `KPROBE_TABLE_SIZE`.
+const BUCKETS: u64 = 64;
+/// More kprobes than this have no address in common.
+const MOST_SHARING: usize = 1 << 12;
+
+layout! {
+    /// `include/linux/kprobes.h`
+    struct KprobeLayout: "kprobe" {
+        chain: "hlist",
+        list: "list",
+        address: "addr",
+        before: "pre_handler",
+        after: "post_handler",
+        flags: "flags",
+    }
+}
+
+/// A registered kprobe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kprobe {
+    /// Where its `struct kprobe` lies.
+    pub object: VirtualAddress,
+    /// The instruction that it stands at.
+    pub address: VirtualAddress,
+    /// Called before that instruction, or null.
+    pub before: VirtualAddress,
+    /// Called after it, or null.
+    pub after: VirtualAddress,
+    /// `KPROBE_FLAG_` flags.
+    pub flags: u64,
+}
+
+/// All registered kprobes; of those that share an address each, with the one
+/// that stands for them. None in a kernel without kprobes.
+///
+/// # Errors
+/// [`TableError`] if the kernel's types lack them.
+pub fn kprobes(guest: &Guest, table: &'static str) -> Result<Vec<Kprobe>, TableError> {
+    let Some(buckets) = guest.address("kprobe_table") else {
+        return Ok(Vec::new());
+    };
+    let layout = guest.layout::<KprobeLayout>(table)?;
+    let aggregate = guest.address("aggr_pre_handler");
+    let read = |object| -> Result<Kprobe, ReadError> {
+        Ok(Kprobe {
+            object,
+            address: guest.pointer(object, &layout.address)?,
+            before: guest.pointer(object, &layout.before)?,
+            after: guest.pointer(object, &layout.after)?,
+            flags: guest.number(object, &layout.flags)? & 0xffff_ffff,
+        })
+    };
+    let mut found = Vec::new();
+    let mut take = |object| match read(object) {
+        Ok(kprobe) => {
+            found.push(kprobe);
+            Some(kprobe)
+        }
+        Err(error) => {
+            guest.diagnostics().record(Diagnostic {
+                table,
+                subject: "kprobe".to_owned(),
+                address: Some(object),
+                reason: error.to_string(),
+            });
+            None
+        }
+    };
+    for bucket in 0..BUCKETS {
+        let head = buckets.wrapping_add(bucket * 8);
+        for object in chain_entries(
+            guest,
+            table,
+            "kprobe_table",
+            head,
+            layout.chain.offset,
+            ChainEnd::Null,
+        ) {
+            let kprobe = take(object);
+            if kprobe.is_some_and(|kprobe| Some(kprobe.before) == aggregate) {
+                let head = object.wrapping_add(layout.list.offset);
+                for member in entries(guest, table, "kprobe.list", head, layout.list.offset)
+                    .take(MOST_SHARING)
+                {
+                    take(member);
+                }
+            }
+        }
+    }
+    Ok(found)
+}
