@@ -7,6 +7,7 @@ pub mod bpf;
 pub mod cgroup;
 pub mod changed_code;
 pub mod clock;
+pub mod code;
 pub mod command_name;
 pub mod cred;
 pub mod credentials;

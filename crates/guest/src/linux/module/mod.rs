@@ -6,6 +6,7 @@
 pub mod knowledge;
 pub mod parameter;
 mod table;
+pub mod views;
 
 use std::sync::Arc;
 
@@ -263,6 +264,25 @@ impl Module {
             }
         }
         Self::validate(model, address, snapshot)
+    }
+
+    /// Copies and validates the module at `address`, whether a list leads to it
+    /// or not: of a running guest it may be a copy of what is no module any
+    /// more.
+    ///
+    /// # Errors
+    /// [`ModuleError`] if there is none; a kernel without modules has none
+    /// anywhere.
+    pub fn read_unlisted(
+        guest: &Guest,
+        table: &'static str,
+        address: VirtualAddress,
+    ) -> Result<Self, ModuleError> {
+        let model = guest
+            .layout::<ModuleModel>(table)
+            .map_err(|_| ModuleError::Unloaded)?;
+        let snapshot = model.spans.read(guest.space(), address)?;
+        Self::validate(&model, address, snapshot)
     }
 
     fn validate(
