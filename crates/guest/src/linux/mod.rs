@@ -4,6 +4,7 @@
 
 pub(crate) mod ahead;
 pub mod bpf;
+pub mod callback;
 pub mod cgroup;
 pub mod changed_code;
 pub mod clock;
@@ -45,6 +46,7 @@ pub mod snapshot;
 pub mod span;
 pub mod state;
 pub mod symbols;
+pub mod system_call;
 pub mod taint;
 pub mod task;
 pub mod threads;

@@ -36,12 +36,19 @@ impl ImageSections {
             // empty.
             Ok(start..end.max(start))
         };
+        let mut bss = range("__bss_start", "__bss_stop")?;
+        // The end is given away where memory need not be shared with a host.
+        if let Some(shared) = guest.address("__start_bss_decrypted")
+            && bss.contains(&shared)
+        {
+            bss.end = shared;
+        }
         Ok(Self {
             text: range("_stext", "_etext")?,
             rodata: range("__start_rodata", "__end_rodata")?,
             data: range("_sdata", "_edata")?,
             init: range("__init_begin", "__init_end")?,
-            bss: range("__bss_start", "__bss_stop")?,
+            bss,
         })
     }
 
