@@ -6,6 +6,7 @@
 
 pub mod btf;
 pub mod compare;
+pub mod edits;
 pub mod flips;
 pub mod images;
 pub mod open;

@@ -8,10 +8,15 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod code;
 mod detector;
 mod finding;
+mod interrupts;
+mod kernel_pointers;
+mod modules;
 pub mod processes;
 mod subject;
+mod system_calls;
 
 pub use check::{Confirmation, DetectorReport, Outcome, Report, check};
 pub use detector::{DetectError, Detector};
@@ -20,7 +25,13 @@ pub use subject::Subject;
 
 /// All detectors, in the order in which they run and are documented.
 pub fn detectors() -> &'static [&'static dyn Detector] {
-    static DETECTORS: &[&dyn Detector] = &[&processes::PROCESSES];
+    static DETECTORS: &[&dyn Detector] = &[
+        &processes::PROCESSES,
+        &modules::Modules,
+        &system_calls::SystemCalls,
+        &interrupts::Interrupts,
+        &kernel_pointers::KernelPointers,
+    ];
     DETECTORS
 }
 

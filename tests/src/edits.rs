@@ -1,0 +1,339 @@
+//! Edits of a memory image as a rootkit makes them in a running kernel, and
+//! what the detectors of the kernel's code say of each.
+//!
+//! Each edit is made in the image's file, which the detectors read through a
+//! shared mapping, and taken back afterwards.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use secmon_detect::{Class, Confirmation, Detector, Finding, check, detectors};
+use secmon_guest::Guest;
+use secmon_guest::linux::module::knowledge::symbols_of;
+use secmon_guest::linux::module::views::kobjects;
+use secmon_guest::linux::module::{Module, modules};
+use secmon_memory::VirtualAddress;
+use secmon_profile::Kernel;
+
+/// The detectors of the kernel's code.
+const DETECTORS: &[&str] = &["modules", "system_calls", "interrupts", "kernel_pointers"];
+
+/// Bytes that are written at an address.
+type Write = (VirtualAddress, Vec<u8>);
+
+/// One thing that a rootkit does.
+pub struct Edit {
+    /// In a few words.
+    pub what: &'static str,
+    writes: Vec<Write>,
+    /// The detector and the name of the finding that must come of it.
+    pub expected: (&'static str, &'static str),
+    /// What the finding's subject must say.
+    pub subject: String,
+}
+
+fn pointer(place: VirtualAddress, value: VirtualAddress) -> Write {
+    (place, value.as_u64().to_le_bytes().to_vec())
+}
+
+/// Takes the node at `node` out of its `list_head` list.
+fn unlink(guest: &Guest, node: VirtualAddress) -> Result<Vec<Write>> {
+    let next = guest.space().read_pointer(node)?;
+    let previous = guest.space().read_pointer(node.wrapping_add(8))?;
+    Ok(vec![
+        pointer(previous, next),
+        pointer(next.wrapping_add(8), previous),
+        pointer(node, node),
+        pointer(node.wrapping_add(8), node),
+    ])
+}
+
+/// The edits that fit this guest.
+///
+/// # Errors
+/// If it lacks what each kernel has.
+pub fn edits(guest: &Guest) -> Result<Vec<Edit>> {
+    let types = guest.kernel().profile.types()?;
+    let symbol = |name: &'static str| guest.address(name).with_context(|| format!("no {name}"));
+    let offset = |structure, member| -> Result<u64> { Ok(types.member(structure, member)?.offset) };
+    // One that nobody needs the symbols of, with text.
+    let victim: Module = modules(guest, "edits")?
+        .find(|module| module.size > 8192)
+        .context("a module")?;
+    let name = String::from_utf8_lossy(&victim.name).into_owned();
+    let code = victim.base.wrapping_add(0x10);
+    let listed = victim.address.wrapping_add(offset("module", "list")?);
+    let kobject = offset("module", "mkobj")? + offset("module_kobject", "kobj.entry")?;
+    let kobject = victim.address.wrapping_add(kobject);
+    ensure!(
+        kobjects(guest, "edits")?.contains(&victim.address),
+        "{name} has no kobject"
+    );
+    let own = victim.address.wrapping_add(offset("module", "mkobj.mod")?);
+    let everywhere = [unlink(guest, listed)?, unlink(guest, kobject)?].concat();
+    let nowhere = [
+        everywhere.clone(),
+        vec![pointer(own, VirtualAddress::new(0))],
+    ]
+    .concat();
+    let calls = symbol("sys_call_table")?;
+    let idt = symbol("idt_table")?;
+    let gate = |vector: u64, handler: VirtualAddress| -> Result<Write> {
+        let place = idt.wrapping_add(vector * 16);
+        let mut bytes = [0; 16];
+        guest.space().read(place, &mut bytes)?;
+        let handler = handler.as_u64().to_le_bytes();
+        bytes[..2].copy_from_slice(&handler[..2]);
+        bytes[6..12].copy_from_slice(&handler[2..]);
+        Ok((place, bytes.to_vec()))
+    };
+    let edit = |what, writes, detector, name, subject: &str| Edit {
+        what,
+        writes,
+        expected: (detector, name),
+        subject: subject.to_owned(),
+    };
+    let mut edits = vec![
+        edit(
+            "a module out of the list",
+            unlink(guest, listed)?,
+            "modules",
+            "hidden_module",
+            &name,
+        ),
+        edit(
+            "a module out of /sys/module",
+            unlink(guest, kobject)?,
+            "modules",
+            "partly_hidden_module",
+            &name,
+        ),
+        edit(
+            "a module out of both",
+            everywhere.clone(),
+            "modules",
+            "hidden_module",
+            &name,
+        ),
+        edit(
+            "the code of a module that is in no list",
+            nowhere,
+            "modules",
+            "unowned_code",
+            &victim.base.page().to_string(),
+        ),
+        edit(
+            "a system call led into a module",
+            vec![pointer(calls.wrapping_add(8), code)],
+            "system_calls",
+            "system_call_entry",
+            "sys_call_table[1]",
+        ),
+        edit(
+            "a system call led to another one",
+            vec![pointer(
+                calls.wrapping_add(8),
+                guest.space().read_pointer(calls)?,
+            )],
+            "system_calls",
+            "system_call_entry",
+            "sys_call_table[1]",
+        ),
+        edit(
+            "a system call led into the middle of a function",
+            vec![pointer(
+                calls.wrapping_add(16),
+                guest.space().read_pointer(calls)?.wrapping_add(9),
+            )],
+            "system_calls",
+            "system_call_entry",
+            "sys_call_table[2]",
+        ),
+        edit(
+            "the breakpoint's gate led into a module",
+            vec![gate(3, code)?],
+            "interrupts",
+            "interrupt_gate",
+            "idt_table[3]",
+        ),
+        edit(
+            "the page fault's gate led to another exception",
+            vec![gate(14, symbol("asm_exc_int3")?)?],
+            "interrupts",
+            "interrupt_gate",
+            "idt_table[14]",
+        ),
+        edit(
+            "a gate that programs may use",
+            {
+                let (place, mut bytes) = gate(13, symbol("asm_exc_general_protection")?)?;
+                bytes[5] |= 0x60;
+                vec![(place, bytes)]
+            },
+            "interrupts",
+            "interrupt_gate_attributes",
+            "idt_table[13]",
+        ),
+        edit(
+            "the table of interrupts moved",
+            vec![pointer(symbol("idt_descr")?.wrapping_add(2), calls)],
+            "interrupts",
+            "interrupt_table_moved",
+            "idt_descr",
+        ),
+        edit(
+            "the list of TCP sockets led into a module",
+            vec![pointer(symbol("tcp4_seq_ops")?.wrapping_add(24), code)],
+            "kernel_pointers",
+            "constant_into_module",
+            "tcp4_seq_ops+0x18",
+        ),
+        edit(
+            "operations of /proc's root copied to the heap",
+            vec![pointer(
+                symbol("proc_root")?.wrapping_add(offset("proc_dir_entry", "proc_iops")?),
+                guest.kernel().direct_map.wrapping_add(0x10_0000),
+            )],
+            "kernel_pointers",
+            "operations_table_moved",
+            "proc_root",
+        ),
+        edit(
+            "a notifier in a module that is in no list",
+            [
+                everywhere,
+                vec![pointer(
+                    notifier(guest, offset("notifier_block", "notifier_call")?)?,
+                    code,
+                )],
+            ]
+            .concat(),
+            "kernel_pointers",
+            "callback_to_foreign_code",
+            "",
+        ),
+    ];
+    if let Some(dispatch) = guest.address("x64_sys_call") {
+        edits.push(edit(
+            "a branch of the dispatching code led into a module",
+            vec![branch_into(guest, dispatch, code)?],
+            "system_calls",
+            "system_call_dispatch",
+            "x64_sys_call",
+        ));
+    }
+    // Symbols of the module serve as its proof of life.
+    ensure!(symbols_of(guest, "edits", &victim)?.is_some());
+    Ok(edits)
+}
+
+/// Where the function of the first notifier of reboots is written.
+fn notifier(guest: &Guest, function: u64) -> Result<VirtualAddress> {
+    let types = guest.kernel().profile.types()?;
+    let head = guest.address("reboot_notifier_list").context("a chain")?;
+    let head = head.wrapping_add(types.member("blocking_notifier_head", "head")?.offset);
+    let first = guest.space().read_pointer(head)?;
+    ensure!(!first.is_null(), "nobody waits for a reboot");
+    Ok(first.wrapping_add(function))
+}
+
+/// A jump of the function at `start` to a function of a system call, led to
+/// `target`.
+fn branch_into(guest: &Guest, start: VirtualAddress, target: VirtualAddress) -> Result<Write> {
+    let mut bytes = [0; 0x1000];
+    guest.space().read(start, &mut bytes)?;
+    for (index, window) in bytes.windows(5).enumerate() {
+        let [0xe9 | 0xe8, rest @ ..] = window else {
+            continue;
+        };
+        let distance = i32::from_le_bytes(rest.try_into()?);
+        let next = start.wrapping_add(index as u64 + 5);
+        let leads_to = next.as_u64().wrapping_add_signed(distance.into());
+        let nearest = guest.symbols().nearest(VirtualAddress::new(leads_to));
+        if nearest.is_some_and(|(symbol, distance)| {
+            distance == 0 && symbol.name.starts_with("__x64_sys_")
+        }) {
+            let distance = target.as_u64().wrapping_sub(next.as_u64()) as u32;
+            let place = start.wrapping_add(index as u64 + 1);
+            return Ok((place, distance.to_le_bytes().to_vec()));
+        }
+    }
+    anyhow::bail!("the code at {start} leads to no system call")
+}
+
+/// Makes each edit of the image at `path`, whose kernel is `kernel`, and takes
+/// it back. What went wrong is told for all edits together.
+///
+/// # Errors
+/// If the clean image has findings, or an edit lacks its own.
+pub fn each_edit_is_found(path: &Path, kernel: &Kernel) -> Result<usize> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let guest = Guest::new(kernel.clone());
+    let clean = alarms(kernel)?;
+    ensure!(clean.is_empty(), "the clean image has findings: {clean:#?}");
+    let edits = edits(&guest)?;
+    let mut missed = Vec::new();
+    for edit in &edits {
+        let before = write(&file, &guest, &edit.writes)?;
+        let found = alarms(kernel);
+        for (place, bytes) in before {
+            file.write_all_at(&bytes, place)?;
+        }
+        let found = found?;
+        let (detector, name) = edit.expected;
+        let is_found = found.iter().any(|finding| {
+            (finding.detector, finding.name) == (detector, name)
+                && finding.subject.to_string().contains(&edit.subject)
+        });
+        if !is_found {
+            let names: Vec<String> = found
+                .iter()
+                .map(|finding| format!("{}: {}", finding.name, finding.subject))
+                .collect();
+            missed.push(format!("{}: {name} not among {names:?}", edit.what));
+        }
+    }
+    ensure!(missed.is_empty(), "{}", missed.join("\n"));
+    let clean = alarms(kernel)?;
+    ensure!(clean.is_empty(), "the image is not as it was: {clean:#?}");
+    Ok(edits.len())
+}
+
+/// What these detectors say of the image as it is now.
+fn alarms(kernel: &Kernel) -> Result<Vec<Finding>> {
+    let guest = Guest::new(kernel.clone());
+    let chosen: Vec<&'static dyn Detector> = detectors()
+        .iter()
+        .copied()
+        .filter(|detector| DETECTORS.contains(&detector.name()))
+        .collect();
+    ensure!(chosen.len() == DETECTORS.len(), "a detector is missing");
+    let report = check(&guest, &chosen, Confirmation::ONCE);
+    ensure!(report.is_complete(), "not checked: {:#?}", report.detectors);
+    let mut findings = report.findings;
+    findings.retain(|finding| finding.class != Class::Information);
+    Ok(findings)
+}
+
+/// Writes, and gives what was there before, last first.
+fn write(file: &File, guest: &Guest, writes: &[Write]) -> Result<Vec<(u64, Vec<u8>)>> {
+    let mut before = Vec::new();
+    for (address, bytes) in writes {
+        for (index, byte) in bytes.iter().enumerate() {
+            let place = guest
+                .space()
+                .translate(address.wrapping_add(index as u64))?;
+            // A guest's first two gigabytes lie in the file as in memory.
+            let place = place.physical.as_u64();
+            ensure!(place < 1 << 31, "{address} lies too high");
+            let mut old = vec![0];
+            file.read_exact_at(&mut old, place)?;
+            file.write_all_at(&[*byte], place)?;
+            before.push((place, old));
+        }
+    }
+    before.reverse();
+    Ok(before)
+}
