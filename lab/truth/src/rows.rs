@@ -88,7 +88,7 @@ pub struct Process {
     pub seccomp: u32,
     /// Whether `no_new_privs` is set.
     pub no_new_privileges: bool,
-    /// Thread group id of the tracer; 0 for none.
+    /// Id of the tracing thread; 0 for none.
     pub tracer: i32,
     /// `oom_score_adj`.
     pub oom_score_adjustment: i32,

@@ -81,6 +81,7 @@ fn row(said: &Said<'_>, tasks: u64) -> ExpectedRow {
     let groups = said.groups.iter().copied().map(Value::from).collect();
     ExpectedRow::from([
         ("uid", number(uid)),
+        ("account_uid", number(uid)),
         ("euid", number(euid)),
         ("suid", number(suid)),
         ("fsuid", number(fsuid)),

@@ -277,6 +277,13 @@ fn expected(process: &Process, truth: &Truth) -> ExpectedRow {
             "no_new_privs",
             Expected::Exactly(Value::Boolean(process.no_new_privileges)),
         ),
+        (
+            "tracer",
+            match u64::try_from(process.tracer) {
+                Ok(tracer) if tracer != 0 => Expected::Exactly(tracer.into()),
+                _ => Expected::Exactly(Value::Null),
+            },
+        ),
         ("oom_score_adj", number(process.oom_score_adjustment)),
         (
             "flags",

@@ -82,8 +82,17 @@ layout! {
         bounding: "cap_bset",
         ambient: "cap_ambient",
         user_namespace: "user_ns",
+        /// The account that is charged for what they use.
+        user: "user",
     } optional {
         groups: "group_info",
+    }
+}
+
+layout! {
+    /// `include/linux/sched/user.h`
+    pub(crate) struct UserLayout: "user_struct" {
+        uid: "uid",
     }
 }
 
@@ -123,6 +132,7 @@ impl Layout for CredModel {
             &layout.bounding,
             &layout.ambient,
             &layout.user_namespace,
+            &layout.user,
         ];
         let spans = Spans::covering(required.into_iter().chain(&layout.groups));
         Ok(Self { layout, spans })
@@ -158,6 +168,8 @@ pub struct Cred {
     pub capabilities: Capabilities,
     /// `user_namespace`.
     pub user_namespace: VirtualAddress,
+    /// `user`: the `struct user_struct` of the real user.
+    pub user: VirtualAddress,
     /// `group_info`, null if the kernel has none.
     pub groups: VirtualAddress,
 }
@@ -211,6 +223,7 @@ impl Cred {
                     ambient: number(&layout.ambient),
                 },
                 user_namespace: spans.pointer(copy, &layout.user_namespace),
+                user: spans.pointer(copy, &layout.user),
                 groups: layout
                     .groups
                     .as_ref()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use secmon_memory::VirtualAddress;
 
-use crate::linux::cred::{Cred, capability_digits, capability_names};
+use crate::linux::cred::{Cred, UserLayout, capability_digits, capability_names};
 use crate::linux::listing::{Listing, Part};
 use crate::linux::namespace::Kind as NamespaceKind;
 use crate::linux::process;
@@ -168,6 +168,21 @@ pub static CREDENTIALS: TableOf<Shared> = TableOf {
                         Value::from,
                     ),
                     Err(reason) => Value::unreadable(reason),
+                })
+            },
+        ),
+        id(
+            "account_uid",
+            Shown::OnRequest,
+            "User id of the account that is charged for what they use (cred.user): the real user \
+             id, unless one of the two was written over.",
+            |guest, shared| {
+                cred(shared, |cred| {
+                    let layout = guest.layout::<UserLayout>(TABLE);
+                    Value::from_read(layout, |layout| {
+                        let found = guest.number(cred.user, &layout.uid);
+                        Value::from_read(found, |uid| (uid as u32).into())
+                    })
                 })
             },
         ),

@@ -458,6 +458,23 @@ const ONE_BY_ONE: TableOf<Process> = TableOf {
             },
         ),
         column(
+            "tracer",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "Id of the thread that traces it (ptrace); null if none does.",
+            |guest, process| {
+                let layout = layout(process);
+                let (Some(traced), Some(parent)) = (&layout.ptrace, &layout.parent) else {
+                    return Value::Null;
+                };
+                if process.task.number(traced) == 0 {
+                    return Value::Null;
+                }
+                let tracer = process.task.pointer(parent);
+                Value::from_read(guest.number(tracer, &layout.pid), Value::from)
+            },
+        ),
+        column(
             "login_uid",
             Kind::Unsigned,
             Shown::OnRequest,
