@@ -9,14 +9,20 @@
 
 mod check;
 mod code;
+mod credentials;
 mod detector;
 mod finding;
 mod interrupts;
 mod kernel_pointers;
 mod modules;
+mod named_processes;
+mod network;
+mod process_integrity;
 pub mod processes;
+mod rows;
 mod subject;
 mod system_calls;
+mod usermode_helpers;
 
 pub use check::{Confirmation, DetectorReport, Outcome, Report, check};
 pub use detector::{DetectError, Detector};
@@ -31,6 +37,10 @@ pub fn detectors() -> &'static [&'static dyn Detector] {
         &system_calls::SystemCalls,
         &interrupts::Interrupts,
         &kernel_pointers::KernelPointers,
+        &credentials::Credentials,
+        &process_integrity::ProcessIntegrity,
+        &network::Network,
+        &usermode_helpers::UsermodeHelpers,
     ];
     DETECTORS
 }
