@@ -14,11 +14,18 @@ use secmon_guest::Guest;
 use secmon_guest::linux::module::knowledge::symbols_of;
 use secmon_guest::linux::module::views::kobjects;
 use secmon_guest::linux::module::{Module, modules};
+use secmon_guest::linux::tracing::ftrace_sites;
 use secmon_memory::VirtualAddress;
 use secmon_profile::Kernel;
 
 /// The detectors of the kernel's code.
-const DETECTORS: &[&str] = &["modules", "system_calls", "interrupts", "kernel_pointers"];
+const DETECTORS: &[&str] = &[
+    "modules",
+    "system_calls",
+    "interrupts",
+    "kernel_pointers",
+    "kernel_text",
+];
 
 /// Bytes that are written at an address.
 type Write = (VirtualAddress, Vec<u8>);
@@ -215,6 +222,7 @@ pub fn edits(guest: &Guest) -> Result<Vec<Edit>> {
             "",
         ),
     ];
+    edits.extend(text_edits(guest, code)?);
     if let Some(dispatch) = guest.address("x64_sys_call") {
         edits.push(edit(
             "a branch of the dispatching code led into a module",
@@ -227,6 +235,82 @@ pub fn edits(guest: &Guest) -> Result<Vec<Edit>> {
     // Symbols of the module serve as its proof of life.
     ensure!(symbols_of(guest, "edits", &victim)?.is_some());
     Ok(edits)
+}
+
+/// Edits of the kernel's text.
+fn text_edits(guest: &Guest, code: VirtualAddress) -> Result<Vec<Edit>> {
+    let symbol = |name: &'static str| guest.address(name).with_context(|| format!("no {name}"));
+    let relative = |opcode: u8, at: VirtualAddress, target: VirtualAddress| {
+        let distance = target.as_u64().wrapping_sub(at.as_u64() + 5) as u32;
+        [&[opcode][..], &distance.to_le_bytes()].concat()
+    };
+    let absolute = [
+        &[0x48, 0xb8][..],
+        &code.as_u64().to_le_bytes(),
+        &[0xff, 0xe0],
+    ]
+    .concat();
+    let function = symbol("tcp4_seq_show")?;
+    let site = ftrace_sites(guest, "edits")?
+        .iter()
+        .map(|site| site.address)
+        .find(|site| (function..function.wrapping_add(32)).contains(site))
+        .context("tcp4_seq_show is not traced")?;
+    let edit = |what, writes, name, subject: &str| Edit {
+        what,
+        writes,
+        expected: ("kernel_text", name),
+        subject: subject.to_owned(),
+    };
+    // The last entry on the way to a constant says whether it can be written.
+    let constants = symbol("tcp4_seq_ops")?;
+    let (steps, _) = guest.space().trace(constants);
+    let last = steps.last().context("a page table")?;
+    let entry = guest
+        .kernel()
+        .direct_map
+        .wrapping_add(last.entry_address.as_u64());
+    Ok(vec![
+        edit(
+            "a jump to a module at the start of a function",
+            vec![(site, relative(0xe9, site, code))],
+            "code_detour",
+            "tcp4_seq_show",
+        ),
+        edit(
+            "another instruction where tracing has its place",
+            vec![(site, relative(0xe9, site, code))],
+            "traced_function",
+            "tcp4_seq_show",
+        ),
+        edit(
+            "a call for tracing led to another function of the kernel",
+            vec![(site, relative(0xe8, site, symbol("commit_creds")?))],
+            "traced_function",
+            "tcp4_seq_show",
+        ),
+        edit(
+            "a jump through a register in the middle of a function",
+            vec![(site.wrapping_add(5), absolute)],
+            "code_detour",
+            "tcp4_seq_show",
+        ),
+        edit(
+            "the entry of system calls led into a module",
+            vec![{
+                let entry = symbol("entry_SYSCALL_64")?;
+                (entry, relative(0xe9, entry, code))
+            }],
+            "code_detour",
+            "entry_SYSCALL_64",
+        ),
+        edit(
+            "constants made writable",
+            vec![(entry, vec![(last.entry | 2) as u8])],
+            "writable_kernel_text",
+            "",
+        ),
+    ])
 }
 
 /// Where the function of the first notifier of reboots is written.

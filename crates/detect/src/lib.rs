@@ -14,6 +14,7 @@ mod detector;
 mod finding;
 mod interrupts;
 mod kernel_pointers;
+mod kernel_text;
 mod modules;
 mod named_processes;
 mod network;
@@ -37,6 +38,7 @@ pub fn detectors() -> &'static [&'static dyn Detector] {
         &system_calls::SystemCalls,
         &interrupts::Interrupts,
         &kernel_pointers::KernelPointers,
+        &kernel_text::KernelText,
         &credentials::Credentials,
         &process_integrity::ProcessIntegrity,
         &network::Network,
