@@ -25,6 +25,7 @@ const DETECTORS: &[&str] = &[
     "interrupts",
     "kernel_pointers",
     "kernel_text",
+    "tracing",
 ];
 
 /// Bytes that are written at an address.
@@ -210,7 +211,7 @@ pub fn edits(guest: &Guest) -> Result<Vec<Edit>> {
         edit(
             "a notifier in a module that is in no list",
             [
-                everywhere,
+                everywhere.clone(),
                 vec![pointer(
                     notifier(guest, offset("notifier_block", "notifier_call")?)?,
                     code,
@@ -223,6 +224,7 @@ pub fn edits(guest: &Guest) -> Result<Vec<Edit>> {
         ),
     ];
     edits.extend(text_edits(guest, code)?);
+    edits.extend(tracing_edits(guest, code, &everywhere)?);
     if let Some(dispatch) = guest.address("x64_sys_call") {
         edits.push(edit(
             "a branch of the dispatching code led into a module",
@@ -309,6 +311,87 @@ fn text_edits(guest: &Guest, code: VirtualAddress) -> Result<Vec<Edit>> {
             vec![(entry, vec![(last.entry | 2) as u8])],
             "writable_kernel_text",
             "",
+        ),
+    ])
+}
+
+/// Records of tracing that a hidden module (`hide` hides it) has made, and one
+/// of a module that is listed. They are put where the kernel has nothing.
+fn tracing_edits(guest: &Guest, code: VirtualAddress, hide: &[Write]) -> Result<Vec<Edit>> {
+    let types = guest.kernel().profile.types()?;
+    let symbol = |name: &'static str| guest.address(name).with_context(|| format!("no {name}"));
+    let offset = |structure, member| -> Result<u64> { Ok(types.member(structure, member)?.offset) };
+    let spare = guest.kernel().direct_map.wrapping_add(0x10_0000);
+    let zeroed = |bytes: u64| (spare, vec![0; bytes as usize]);
+    let null = VirtualAddress::new(0);
+
+    let ops = |flags: u64| -> Result<Vec<Write>> {
+        let at = |member| -> Result<_> { Ok(spare.wrapping_add(offset("ftrace_ops", member)?)) };
+        Ok(vec![
+            zeroed(types.size_of("ftrace_ops")?),
+            pointer(at("func")?, code),
+            pointer(at("flags")?, VirtualAddress::new(flags)),
+            pointer(at("next")?, symbol("ftrace_list_end")?),
+            pointer(symbol("ftrace_ops_list")?, spare),
+        ])
+    };
+    let replaces = types
+        .any_enumerator("FTRACE_OPS_FL_IPMODIFY")
+        .context("no FTRACE_OPS_FL_IPMODIFY")?;
+
+    let bucket = symbol("kprobe_table")?;
+    let at = |member| -> Result<_> { Ok(spare.wrapping_add(offset("kprobe", member)?)) };
+    let kprobe = vec![
+        zeroed(types.size_of("kprobe")?),
+        pointer(at("hlist")?, guest.space().read_pointer(bucket)?),
+        pointer(at("hlist")?.wrapping_add(8), bucket),
+        pointer(at("addr")?, symbol("commit_creds")?),
+        pointer(at("pre_handler")?, code),
+        pointer(bucket, at("hlist")?),
+    ];
+
+    let tracepoint = symbol("__tracepoint_sched_switch")?;
+    let functions = vec![
+        zeroed(2 * types.size_of("tracepoint_func")?),
+        pointer(spare.wrapping_add(offset("tracepoint_func", "func")?), code),
+        pointer(spare.wrapping_add(types.size_of("tracepoint_func")?), null),
+        pointer(
+            tracepoint.wrapping_add(offset("tracepoint", "funcs")?),
+            spare,
+        ),
+    ];
+
+    let hidden = |writes: Vec<Write>| [hide.to_vec(), writes].concat();
+    let edit = |what, writes, name, subject: &str| Edit {
+        what,
+        writes,
+        expected: ("tracing", name),
+        subject: subject.to_owned(),
+    };
+    Ok(vec![
+        edit(
+            "functions traced by a hidden module",
+            hidden(ops(0)?),
+            "ftrace_to_foreign_code",
+            "ftrace_ops",
+        ),
+        edit(
+            "functions replaced by a listed module",
+            ops(u64::try_from(replaces)?)?,
+            "function_replaced",
+            "ftrace_ops",
+        ),
+        edit(
+            "a kprobe of a hidden module",
+            hidden(kprobe),
+            "kprobe_to_foreign_code",
+            "commit_creds",
+        ),
+        edit(
+            "a tracepoint used by a hidden module",
+            hidden(functions),
+            "tracepoint_to_foreign_code",
+            "sched_switch",
         ),
     ])
 }

@@ -23,6 +23,7 @@ pub mod processes;
 mod rows;
 mod subject;
 mod system_calls;
+mod tracing;
 mod usermode_helpers;
 
 pub use check::{Confirmation, DetectorReport, Outcome, Report, check};
@@ -39,6 +40,7 @@ pub fn detectors() -> &'static [&'static dyn Detector] {
         &interrupts::Interrupts,
         &kernel_pointers::KernelPointers,
         &kernel_text::KernelText,
+        &tracing::Tracing,
         &credentials::Credentials,
         &process_integrity::ProcessIntegrity,
         &network::Network,

@@ -23,6 +23,16 @@ layout! {
     }
 }
 
+layout! {
+    /// `include/linux/kprobes.h`: a kprobe that also calls when the function
+    /// returns.
+    struct ReturnLayout: "kretprobe" {
+        kprobe: "kp",
+        handler: "handler",
+        entry: "entry_handler",
+    }
+}
+
 /// A registered kprobe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kprobe {
@@ -36,6 +46,19 @@ pub struct Kprobe {
     pub after: VirtualAddress,
     /// `KPROBE_FLAG_` flags.
     pub flags: u64,
+    /// Of a kretprobe: called when the function returns, or null.
+    pub on_return: VirtualAddress,
+    /// Of a kretprobe: called when the function is entered, or null.
+    pub on_entry: VirtualAddress,
+}
+
+impl Kprobe {
+    /// All functions that it calls.
+    pub fn functions(&self) -> impl Iterator<Item = VirtualAddress> {
+        [self.before, self.after, self.on_entry, self.on_return]
+            .into_iter()
+            .filter(|function| !function.is_null())
+    }
 }
 
 /// All registered kprobes; of those that share an address each, with the one
@@ -49,11 +72,24 @@ pub fn kprobes(guest: &Guest, table: &'static str) -> Result<Vec<Kprobe>, TableE
     };
     let layout = guest.layout::<KprobeLayout>(table)?;
     let aggregate = guest.address("aggr_pre_handler");
-    let read = |object| -> Result<Kprobe, ReadError> {
+    let returns = guest.layout::<ReturnLayout>(table).ok();
+    let of_returns = guest.address("pre_handler_kretprobe");
+    let read = |object: VirtualAddress| -> Result<Kprobe, ReadError> {
+        let before = guest.pointer(object, &layout.before)?;
+        let (mut on_return, mut on_entry) = Default::default();
+        if let Some(returns) = &returns
+            && Some(before) == of_returns
+        {
+            let whole = object.wrapping_sub(returns.kprobe.offset);
+            on_return = guest.pointer(whole, &returns.handler)?;
+            on_entry = guest.pointer(whole, &returns.entry)?;
+        }
         Ok(Kprobe {
             object,
             address: guest.pointer(object, &layout.address)?,
-            before: guest.pointer(object, &layout.before)?,
+            before,
+            on_return,
+            on_entry,
             after: guest.pointer(object, &layout.after)?,
             flags: guest.number(object, &layout.flags)? & 0xffff_ffff,
         })
