@@ -9,6 +9,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use secmon_platform::image::ImageFormat;
 
+use crate::check::CheckArguments;
 use crate::gate::GateArguments;
 use crate::location::Location;
 use crate::monitor::arguments::MonitorCommand;
@@ -255,6 +256,13 @@ pub enum BuiltIn {
         /// The table to describe, by name or alias
         table: Option<String>,
     },
+
+    /// Look for what hides in the guest and what was changed in its kernel
+    ///
+    /// Each detector compares views of the guest that must agree, and reports
+    /// what is in one and missing from another, with the evidence for it.
+    #[command(after_long_help = crate::check::EXAMPLES)]
+    Check(CheckArguments),
 
     /// Show memory at a symbol or address
     Read(ReadArguments),

@@ -53,6 +53,7 @@ Examples:
   secmon -t qemu:web1 ps -c pid,comm,exe_deleted -w exe_deleted=true
   secmon -t qemu:web1 ps --sort start_time:desc --limit 10
   secmon -t qemu:web1 --pause maps -p 1         stop the guest meanwhile, then let it run
+  secmon -t qemu:web1 check                     what hides there
   secmon -t file:memory.raw read linux_banner   memory at a symbol
   secmon -t qemu:web1 dump web1.elf --as elf    save its memory
   secmon tables processes                       what the columns mean
@@ -63,6 +64,7 @@ with control characters escaped, so that it can't act on your terminal.
 
 Exit status:
   0  done; warnings, if any, are on stderr
+  1  `check` found something
   2  an error: the message says what failed, on what, and what to do next
 
 Environment:

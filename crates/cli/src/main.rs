@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 mod arguments;
+mod check;
 mod columns;
 mod command;
 mod documents;
@@ -36,6 +37,7 @@ use arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions, TranslateArg
 use command::Action;
 use findings::Told;
 use inspect::{Place, Sink, Walk};
+use monitor::remote::Answered;
 use query::Query;
 use report::{Advise, Reporter};
 use session::Session;
@@ -71,7 +73,7 @@ fn main() -> ExitCode {
     // A panic unwinds to here, so that a paused guest is resumed on the way.
     let result = std::panic::catch_unwind(AssertUnwindSafe(|| run(&common, action, reporter)));
     match result {
-        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Ok(code)) => code,
         Ok(Err(error)) if report::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
             reporter.error(&error);
@@ -81,19 +83,22 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
+fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> {
     let of_monitor = common.target.as_deref().and_then(monitor::address);
     let action = match of_monitor {
         Some(address) => match monitor::remote::run(&address?, common, action, reporter)? {
-            Some(action) => action,
-            None => return Ok(()),
+            Answered::Not(action) => action,
+            Answered::Done(code) => return Ok(code),
         },
         None => action,
     };
     let session = Session::new(common, reporter);
     let format = common.format;
     let command = match action {
-        Action::Show(table, options) => return show(&session, table, &options, format, reporter),
+        Action::Show(table, options) => {
+            show(&session, table, &options, format, reporter)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Action::BuiltIn(command) => *command,
     };
     let describes_tables = matches!(command, BuiltIn::Tables { .. });
@@ -101,6 +106,7 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
         bail!("--format markdown is for `secmon tables` only");
     }
     match command {
+        BuiltIn::Check(arguments) => return check::check(&session, &arguments, format, reporter),
         BuiltIn::Targets => targets::targets(format, reporter),
         BuiltIn::Tables { table } => documents::tables(table.as_deref(), format),
         BuiltIn::Completions { shell } => documents::completions(shell),
@@ -117,7 +123,8 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<()> {
             fault::install();
             dump::dump(session, &arguments, format, reporter)
         }
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Shows a table of the target's guest.

@@ -65,6 +65,11 @@ impl Reporter {
         self.line("warning: ", &message.to_string());
     }
 
+    /// Something that was asked for.
+    pub fn say(self, message: impl Display) {
+        self.line("", &message.to_string());
+    }
+
     /// Something for who asks.
     pub fn note(self, message: impl Display) {
         if self.verbose {

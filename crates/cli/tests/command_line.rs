@@ -89,6 +89,18 @@ fn table_commands_list_their_columns() {
 }
 
 #[test]
+fn detectors_are_listed_without_a_target() {
+    let output = run(&["check", "--list", "--format", "json"]);
+    assert!(output.status.success());
+    let listed: serde_json::Value = serde_json::from_str(&stdout(&output)).expect("JSON");
+    let listed = listed.as_array().expect("rows");
+    let processes = listed.iter().find(|row| row["name"] == "processes");
+    assert_eq!(processes.expect("it is there")["techniques"][0], "T1014");
+    let output = run(&["-t", "file:x", "check", "--detector", "proceses"]);
+    assert_error(&output, &["proceses", "processes"]);
+}
+
+#[test]
 fn an_unknown_command_names_its_like() {
     assert_error(&run(&["tabels"]), &["tabels", "tables"]);
 }

@@ -2,11 +2,17 @@
 //! says of itself, and a paused guest always runs again.
 
 use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions as OpenOptionsOfFile};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use secmon_guest::linux::task;
 use secmon_lab::{Backing, Guest, QmpAccess, Suite, Workload};
+use secmon_memory::VirtualAddress;
+use secmon_platform::target::{OpenOptions, Target};
+use secmon_profile::{Cache, FindOptions, Kernel};
 use serde_json::Value;
 
 struct Watched {
@@ -129,6 +135,8 @@ fn a_guest_is_shown_as_it_is() {
 
     let lines = String::from_utf8(watched.run(&["ps", "--format", "ndjson"]).stdout);
     assert!(lines.expect("UTF-8").lines().count() > truth.len());
+    let checked = watched.run(&["check", "--detector", "processes", "-v"]);
+    assert_eq!(checked.status.code(), Some(0), "{checked:?}");
     let unknown = watched.run(&["translate", "no_such_symbol"]);
     assert_eq!(unknown.status.code(), Some(2));
     assert!(watched.is_running());
@@ -167,6 +175,168 @@ fn a_dump_is_the_guest_as_it_was() {
         std::fs::remove_file(Path::new(text)).expect("it is there");
     }
     the_kernel_is_written_for_other_tools(&watched, folder.path());
+    what_hides_is_found(&watched, folder.path());
+}
+
+/// A process of an image that is edited as a rootkit edits its kernel.
+struct Victim {
+    file: File,
+    kernel: Kernel,
+    task: VirtualAddress,
+}
+
+impl Victim {
+    fn find(image: &Path, pid: u64) -> Self {
+        let target: Target = format!("file:{}", image.display())
+            .parse()
+            .expect("a target");
+        let opened = target.open(&OpenOptions::default()).expect("an image");
+        let options = FindOptions {
+            cache: Cache::Off,
+            ..FindOptions::default()
+        };
+        let kernel = secmon_profile::find(&opened.memory, &options).expect("a kernel");
+        let guest = secmon_guest::Guest::new(kernel.clone());
+        let mut tasks = task::leaders(&guest, "processes").expect("the list");
+        let task = tasks.find(|task| u64::from(task.tgid) == pid);
+        let task = task.expect("the process").address;
+        Self {
+            file: OpenOptionsOfFile::new()
+                .write(true)
+                .open(image)
+                .expect("the file"),
+            kernel,
+            task,
+        }
+    }
+
+    fn member(&self, structure: &str, member: &str) -> u64 {
+        let types = self.kernel.profile.types().expect("types");
+        types.member(structure, member).expect("the member").offset
+    }
+
+    fn read(&self, place: VirtualAddress) -> VirtualAddress {
+        self.kernel.space.read_pointer(place).expect("memory")
+    }
+
+    fn write(&self, place: VirtualAddress, pointer: u64) {
+        let physical = self.kernel.space.translate(place).expect("a page").physical;
+        let written = self
+            .file
+            .write_all_at(&pointer.to_le_bytes(), physical.as_u64());
+        written.expect("it is written");
+    }
+
+    /// Out of the list of processes, as `list_del_init` does it.
+    fn unlink(&self) {
+        let node = self.task.wrapping_add(self.member("task_struct", "tasks"));
+        let (next, previous) = (self.read(node), self.read(node.wrapping_add(8)));
+        self.write(previous, next.as_u64());
+        self.write(next.wrapping_add(8), previous.as_u64());
+        self.write(node, node.as_u64());
+        self.write(node.wrapping_add(8), node.as_u64());
+    }
+
+    /// Its id leads to nothing.
+    fn unhash(&self) {
+        let pid = self.member("task_struct", "thread_pid");
+        let pid = self.read(self.task.wrapping_add(pid));
+        self.write(pid.wrapping_add(self.member("pid", "tasks")), 0);
+    }
+}
+
+/// Processes of an image that are taken out of a list are found, with all that
+/// the tables know of them, and the exit status tells.
+fn what_hides_is_found(watched: &Watched, folder: &Path) {
+    let image = folder.join("checked");
+    let path = image.to_str().expect("UTF-8");
+    watched.rows(&["--pause", "dump", path]);
+    let target = format!("file:{path}");
+    let check = |more: &[&str]| {
+        let arguments = [&["-t", &target, "check", "--detector", "processes"], more].concat();
+        watched.run(&arguments)
+    };
+    let clean = check(&[]);
+    let said = String::from_utf8_lossy(&clean.stderr);
+    assert_eq!(clean.status.code(), Some(0), "{said}");
+    assert!(said.contains("nothing found"), "{said}");
+
+    let user_processes = [
+        "-t",
+        &target,
+        "ps",
+        "-w",
+        "kernel_thread=false",
+        "-w",
+        "ppid=1",
+    ];
+    let processes = watched.rows(&user_processes);
+    let [unlinked, unhashed, ..] = processes.as_slice() else {
+        panic!("too few processes: {processes:?}");
+    };
+    let pid = |row: &Value| row["pid"].as_u64().expect("a number");
+    Victim::find(&image, pid(unlinked)).unlink();
+    Victim::find(&image, pid(unhashed)).unhash();
+    let listed = watched.rows(&user_processes);
+    assert!(
+        listed.iter().all(|row| pid(row) != pid(unlinked)),
+        "it is hidden from ps"
+    );
+
+    let found = check(&["--format", "json"]);
+    assert_eq!(found.status.code(), Some(1));
+    let found: Value = serde_json::from_slice(&found.stdout).expect("JSON");
+    assert_eq!(found["trust_level"], "L0");
+    let findings = found["findings"].as_array().expect("findings");
+    assert_eq!(findings.len(), 2, "{findings:?}");
+    for (row, missing) in [(unlinked, "task_list"), (unhashed, "pid_table")] {
+        let of_row = |finding: &&Value| finding["subject"]["pid"] == row["pid"];
+        let finding = findings.iter().find(of_row).expect("it is found");
+        assert_eq!(finding["name"], "hidden_process");
+        assert_eq!(finding["technique"], "T1014");
+        assert_eq!(finding["trust_level"], "L0");
+        let evidence = finding["evidence"].as_array().expect("evidence");
+        for column in ["pid", "comm", "exe", "cmdline", "uid", "address"] {
+            assert_eq!(evidence[0]["row"][column], row[column], "{column}");
+        }
+        let says = |view: &str, words: &str| {
+            let mut of_view = evidence.iter().filter(|said| said["view"] == view);
+            of_view.any(|said| {
+                said["what"]
+                    .as_str()
+                    .is_some_and(|what| what.contains(words))
+            })
+        };
+        assert!(says(missing, "is not in"), "{evidence:?}");
+        assert!(says("slab", "is in"), "{evidence:?}");
+    }
+    let detector = &found["detectors"][0];
+    assert_eq!(detector["checked"], true);
+    assert!(
+        detector["milliseconds"]
+            .as_f64()
+            .is_some_and(|time| time > 0.0)
+    );
+
+    let lines = check(&["--format", "ndjson"]);
+    let lines = String::from_utf8(lines.stdout).expect("UTF-8");
+    let kinds: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON")["type"].clone())
+        .collect();
+    assert_eq!(kinds, ["finding", "finding", "detector"]);
+    let rows = check(&["--format", "csv"]);
+    assert_eq!(rows.status.code(), Some(1));
+    let rows = String::from_utf8(rows.stdout).expect("UTF-8");
+    assert_eq!(rows.lines().count(), 3, "{rows}");
+    assert!(
+        rows.lines()
+            .skip(1)
+            .all(|row| row.starts_with("high,attack,hidden_process,"))
+    );
+    let shown = check(&["--timings"]);
+    let said = String::from_utf8_lossy(&shown.stderr);
+    assert!(said.contains("in one look"), "{said}");
 }
 
 fn the_kernel_is_written_for_other_tools(watched: &Watched, folder: &Path) {

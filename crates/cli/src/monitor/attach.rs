@@ -205,6 +205,11 @@ impl Console {
                     .and_then(|query| target.show(table, &query, &options, self.reporter))
             }
             Action::BuiltIn(built_in) => match *built_in {
+                BuiltIn::Check(arguments) if !arguments.list => arguments.chosen().and_then(|_| {
+                    target.set_pause(common.pause);
+                    let code = target.check(&arguments, format, self.reporter);
+                    code.map(|_| ())
+                }),
                 BuiltIn::Targets => target.targets(&self.address, format),
                 BuiltIn::Translate(arguments) => target.translate(&arguments.locations, format),
                 BuiltIn::Tables { table } => crate::documents::tables(table.as_deref(), format),
@@ -220,7 +225,7 @@ impl Console {
                     outcome
                 }
                 _ => Err(anyhow::anyhow!(
-                    "not here: a line is a table's command, read, translate, targets or tables"
+                    "not here: a line is a table's command, check, read, translate, targets or tables"
                 )),
             },
         };

@@ -9,6 +9,7 @@
 use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use secmon_monitor::protocol::{
 
 use super::{Address, connect_or_wait};
 use crate::arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions};
+use crate::check::{CheckArguments, Checked};
 use crate::command::Action;
 use crate::findings::{self, Told};
 use crate::inspect::{self, Asked, Place, Sink, Step, Walk, WalkEnd};
@@ -47,6 +49,17 @@ const CHUNK: u64 = 256 << 10;
 /// The most diagnostics of a monitor that are kept.
 const MAX_DIAGNOSTICS: usize = 10_000;
 
+/// The most findings of a monitor that are kept.
+const MAX_FINDINGS: usize = 100_000;
+
+/// What became of a command.
+pub enum Answered {
+    /// It was done, with this exit status.
+    Done(ExitCode),
+    /// It is about no target.
+    Not(Action),
+}
+
 /// Runs a command on a monitor's target, or gives it back if it is about no
 /// target.
 pub fn run(
@@ -54,40 +67,43 @@ pub fn run(
     common: &Common,
     action: Action,
     reporter: Reporter,
-) -> Result<Option<Action>> {
+) -> Result<Answered> {
     let format = common.format;
+    let mut code = ExitCode::SUCCESS;
     match action {
         Action::Show(table, options) => {
             let query = Query::new(table, format, &options)?;
             let mut asked = Target::open_for_tables(address, common, reporter)?;
             asked.show(table, &query, &options, reporter)?;
-            Ok(None)
         }
         Action::BuiltIn(command) => match *command {
             BuiltIn::Read(arguments) => {
                 let sink = crate::sink(&arguments, format)?;
                 let target = Target::open(address, common, reporter)?;
                 target.read(&arguments, sink)?;
-                Ok(None)
             }
             BuiltIn::Translate(arguments) => {
                 let mut target = Target::open(address, common, reporter)?;
                 target.translate(&arguments.locations, format)?;
-                Ok(None)
             }
             BuiltIn::Targets => {
                 refuse_options(common)?;
                 let connection = connect_or_wait(&address.monitor, PATIENCE, reporter)?;
                 confine(common, reporter);
                 list_targets(connection, address, format)?;
-                Ok(None)
+            }
+            BuiltIn::Check(arguments) if !arguments.list => {
+                arguments.chosen()?;
+                let mut target = Target::open_for_tables(address, common, reporter)?;
+                code = target.check(&arguments, format, reporter)?;
             }
             BuiltIn::Dump(_) => bail!(
                 "a monitor's target can't be dumped through it; `secmon -t qemu:NAME dump` on its host can"
             ),
-            other => Ok(Some(Action::BuiltIn(Box::new(other)))),
+            other => return Ok(Answered::Not(Action::BuiltIn(Box::new(other)))),
         },
     }
+    Ok(Answered::Done(code))
 }
 
 /// What only a command that has the memory itself can do.
@@ -241,6 +257,54 @@ impl Target {
         findings::report(&told, query, outcome, options.strict, reporter)
     }
 
+    /// Lets the monitor's detectors look, and shows what they found.
+    pub fn check(
+        &mut self,
+        arguments: &CheckArguments,
+        format: Format,
+        reporter: Reporter,
+    ) -> Result<ExitCode> {
+        if format == Format::Markdown {
+            bail!("--format markdown is for `secmon tables` only");
+        }
+        let asked = protocol::Check {
+            target: self.name.clone(),
+            detectors: (!arguments.detectors.is_empty()).then(|| arguments.detectors.clone()),
+            credit: 0,
+            pause: self.pause,
+        };
+        let mut checked = Checked::default();
+        let end = self.connection.client.check(asked, &mut |answer| {
+            match answer {
+                Answer::Looked(detectors) => checked.detectors = detectors,
+                Answer::Found(finding) if checked.findings.len() < MAX_FINDINGS => {
+                    checked.findings.push(*finding);
+                }
+                Answer::Found(_) => return ControlFlow::Break(()),
+                _ => {}
+            }
+            ControlFlow::Continue(())
+        });
+        let end = end.map_err(|error| self.explain(error))?;
+        let told: u64 = checked
+            .detectors
+            .iter()
+            .map(|detector| detector.findings)
+            .sum();
+        let code = checked.show(arguments, format, TrustLevel::L1, reporter)?;
+        if told > checked.findings.len() as u64 {
+            reporter.warn(format_args!(
+                "{told} things were found, of which {} came",
+                checked.findings.len()
+            ));
+        }
+        ended(end)?;
+        if checked.detectors.is_empty() {
+            bail!("the monitor does not say what its detectors did");
+        }
+        Ok(code)
+    }
+
     fn rows(
         &mut self,
         table: &'static dyn Table,
@@ -284,7 +348,7 @@ impl Target {
                     }
                 }
                 Answer::Diagnostics(entries) => note(told, &entries),
-                Answer::Bytes(..) | Answer::Walk { .. } => {}
+                _ => {}
             }
             ControlFlow::Continue(())
         });

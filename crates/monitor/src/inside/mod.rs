@@ -13,6 +13,7 @@
 //! There is no shell, no network, and no way to load another module.
 
 mod answer;
+mod check;
 mod credit;
 mod gate;
 mod health;

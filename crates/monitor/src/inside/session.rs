@@ -11,10 +11,10 @@ use super::answer::{self, Sink, Unsent};
 use super::credit::{Permit, Requests};
 use super::kept::Kept;
 use super::worker::Shared;
-use super::{log, place};
+use super::{check, log, place};
 use crate::protocol::{
-    End, FindingKind, Pause, Query, READ_LIMIT, REPLY_LIMIT, REQUEST_LIMIT, ROLE, Refusal, Reply,
-    Request, Severity, StatusReport,
+    Check, End, FindingKind, Pause, Query, READ_LIMIT, REPLY_LIMIT, REQUEST_LIMIT, ROLE, Refusal,
+    Reply, Request, Severity, StatusReport,
 };
 
 /// How long a client may take to read what is sent.
@@ -242,6 +242,11 @@ fn handle(conversation: &Arc<Conversation>, request: Request) -> Option<Option<J
                 answer_query(conversation, id, &query)
             });
         }
+        Request::Check { id, check } => {
+            return run(conversation, id, check.credit, move |conversation| {
+                answer_check(conversation, id, &check)
+            });
+        }
         Request::Read {
             id,
             target,
@@ -296,6 +301,27 @@ fn answer_query(conversation: &Conversation, id: u32, query: &Query) -> Result<E
             Some(error) => format!("{text}; {error}"),
             None => text,
         });
+    }
+    Ok(end)
+}
+
+fn answer_check(conversation: &Conversation, id: u32, asked: &Check) -> Result<End, Refusal> {
+    let detectors = check::chosen(asked)?;
+    let shared = &conversation.shared;
+    let hold = match asked.pause {
+        Pause::None => None,
+        Pause::WhileRead => Some(shared.hold(&asked.target)?),
+    };
+    let guest = shared.guest(&asked.target)?;
+    let report = check::look(&guest, &detectors);
+    let held = match hold {
+        Some(hold) => hold.release(),
+        None => Ok(()),
+    };
+    let mut end = check::send(id, &report, &Answering { conversation, id });
+    end.torn_reads = guest.diagnostics().torn_reads();
+    if let Err(reason) = held {
+        end.error = Some(format!("the target went on while it was checked: {reason}"));
     }
     Ok(end)
 }

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use secmon_channel::{ChannelError, KeyPair, PublicKey, Session, Stream};
 
 use super::{
-    Cell, DiagnosticEntry, End, Finding, Heartbeat, Place, Query, REPLY_LIMIT, REQUEST_LIMIT, ROLE,
-    Refusal, Reply, Request, StatusReport, TableDescription, TargetReport, WalkEnd, WalkEntry,
+    Cell, Check, CheckFinding, DetectorResult, DiagnosticEntry, End, Finding, Heartbeat, Place,
+    Query, REPLY_LIMIT, REQUEST_LIMIT, ROLE, Refusal, Reply, Request, StatusReport,
+    TableDescription, TargetReport, WalkEnd, WalkEntry,
 };
 
 /// How long a monitor, which has a heartbeat each second, may be silent.
@@ -80,6 +81,10 @@ pub enum Answer {
     },
     /// What could not be read.
     Diagnostics(Vec<DiagnosticEntry>),
+    /// What the detectors of a check did.
+    Looked(Vec<DetectorResult>),
+    /// Something that one of them found.
+    Found(Box<CheckFinding>),
 }
 
 /// What comes unasked.
@@ -171,6 +176,19 @@ impl Client {
         let walks = places.len();
         let ask = |id| Request::Translate { id, target, places };
         self.ask(ask, walks, sink)
+    }
+
+    /// Asks what detectors find.
+    ///
+    /// # Errors
+    /// As [`query`](Self::query).
+    pub fn check(
+        &mut self,
+        mut check: Check,
+        sink: &mut dyn FnMut(Answer) -> ControlFlow<()>,
+    ) -> Result<End, ClientError> {
+        check.credit = CREDIT;
+        self.ask(|id| Request::Check { id, check }, 0, sink)
     }
 
     /// The targets.
@@ -278,6 +296,8 @@ impl Client {
                 Reply::Diagnostics { id, entries } if id == own => {
                     (Answer::Diagnostics(entries), false)
                 }
+                Reply::Looked { id, detectors } if id == own => (Answer::Looked(detectors), false),
+                Reply::Found { id, finding } if id == own => (Answer::Found(finding), true),
                 Reply::End { id, end } if id == own => return Ok(end),
                 Reply::Refused { id, refusal } if id == own => return Err(refusal.into()),
                 other => {

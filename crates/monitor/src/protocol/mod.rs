@@ -15,6 +15,7 @@
 //! whoever wrote it.
 
 mod cell;
+mod check;
 mod client;
 mod configuration;
 mod reply;
@@ -23,6 +24,7 @@ mod request;
 use secmon_channel::Role;
 
 pub use cell::{Cell, Scalar};
+pub use check::{Check, CheckEvidence, CheckFinding, DetectorResult, results};
 pub use client::{Answer, Client, ClientError, Notice};
 pub use configuration::{
     Configuration, ConfigurationError, GateConfiguration, Limits, TargetConfiguration,
@@ -36,7 +38,7 @@ pub use request::{Pause, Place, Query, Request};
 /// What is spoken between a client and a monitor.
 pub const ROLE: Role = Role {
     name: "monitor",
-    version: 1,
+    version: 2,
 };
 
 /// The virtio-serial port by which clients reach the monitor; QEMU connects

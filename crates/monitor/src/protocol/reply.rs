@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use secmon_gate::protocol::{LogHead, Right, TargetState as RunState};
 use secmon_guest::TrustLevel;
 
-use super::Cell;
+use super::{Cell, CheckFinding, DetectorResult};
 
 /// A message from the monitor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -83,6 +83,20 @@ pub enum Reply {
     Heartbeat(Heartbeat),
     /// Something to know, unasked, until it is acknowledged.
     Finding(Finding),
+    /// What the detectors of a check did.
+    Looked {
+        /// The request's number.
+        id: u32,
+        /// One each.
+        detectors: Vec<DetectorResult>,
+    },
+    /// Something that they found.
+    Found {
+        /// The request's number.
+        id: u32,
+        /// What.
+        finding: Box<CheckFinding>,
+    },
 }
 
 /// An entry of a page table on the way of a translation.
@@ -159,6 +173,12 @@ pub enum Refusal {
     /// No table has this name.
     #[error("the monitor knows no table {name:?}")]
     UnknownTable {
+        /// The name.
+        name: String,
+    },
+    /// No detector has this name.
+    #[error("the monitor knows no detector {name:?}")]
+    UnknownDetector {
         /// The name.
         name: String,
     },

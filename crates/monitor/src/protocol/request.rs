@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Check;
+
 /// A message to the monitor. `id` is the client's number for the request;
 /// replies carry it, and it may be used again once the request has ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +73,14 @@ pub enum Request {
     Acknowledge {
         /// The sequence number of the last finding taken.
         through: u64,
+    },
+    /// What detectors find in a target: [`Reply::Looked`](super::Reply::Looked),
+    /// then each finding as [`Reply::Found`](super::Reply::Found).
+    Check {
+        /// The request's number.
+        id: u32,
+        /// Which of them, where.
+        check: Check,
     },
 }
 

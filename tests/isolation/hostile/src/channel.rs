@@ -186,6 +186,7 @@ fn id_of(request: &Request) -> u32 {
         Request::Query { id, .. }
         | Request::Read { id, .. }
         | Request::Translate { id, .. }
+        | Request::Check { id, .. }
         | Request::Targets { id }
         | Request::Tables { id }
         | Request::Status { id }

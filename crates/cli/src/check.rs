@@ -1,0 +1,415 @@
+//! `secmon check`: what the detectors find, once.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use secmon_detect::{Confirmation, Detector, Report};
+use secmon_guest::{ColumnInfo, Kind, TrustLevel, Value};
+use secmon_monitor::protocol::{self, Cell, CheckEvidence, CheckFinding, DetectorResult};
+use serde::Serialize;
+use serde::ser::{SerializeMap, Serializer};
+
+use crate::arguments::Format;
+use crate::columns::near;
+use crate::listing::{self, column};
+use crate::output::{Rows, json};
+use crate::report::{Advise, Reporter};
+use crate::session::Session;
+
+/// The exit status of a check that found something.
+const FOUND: u8 = 1;
+
+/// What the help says at its end.
+pub const EXAMPLES: &str = "\
+Examples:
+  secmon -t qemu:web1 check                        all detectors, once
+  secmon -t file:memory.raw check --format json    with all evidence and each detector's time
+  secmon -t monitor:m1 check --detector processes  through the monitoring VM
+  secmon check --list                              what each detector compares, and what evades it
+
+A running guest is looked at several times before anything is reported. What was seen too seldom
+is counted and told with -v.
+
+Exit status:
+  0  every detector looked, and nothing but information was found
+  1  something was found: an attack or a suspicion
+  2  an error, or a detector could not look and the others found nothing";
+
+/// Arguments of `secmon check`.
+#[derive(Args, Clone, Debug)]
+pub struct CheckArguments {
+    /// Only these detectors
+    #[arg(short, long = "detector", value_name = "NAME", value_delimiter = ',')]
+    pub detectors: Vec<String>,
+
+    /// The detectors there are: what they compare, and what evades them
+    #[arg(short, long, conflicts_with = "detectors")]
+    pub list: bool,
+
+    /// Say on stderr how long each detector looked (JSON always has it)
+    #[arg(long)]
+    pub timings: bool,
+}
+
+impl CheckArguments {
+    /// The detectors that are meant.
+    ///
+    /// # Errors
+    /// If there is none of a name.
+    pub fn chosen(&self) -> Result<Vec<&'static dyn Detector>> {
+        let known = secmon_detect::detectors();
+        if self.detectors.is_empty() {
+            return Ok(known.to_vec());
+        }
+        let mut chosen: Vec<&'static dyn Detector> = Vec::new();
+        for name in &self.detectors {
+            let Some(detector) = secmon_detect::detector(name) else {
+                let error = anyhow::anyhow!("there is no detector `{name}`");
+                let like = near(name, known.iter().map(|detector| detector.name()));
+                return match like.as_slice() {
+                    [] => Err(error).advise("`secmon check --list` lists all"),
+                    like => Err(error).advise(format!("did you mean {}?", like.join(" or "))),
+                };
+            };
+            if chosen.iter().all(|chosen| chosen.name() != detector.name()) {
+                chosen.push(detector);
+            }
+        }
+        Ok(chosen)
+    }
+}
+
+/// `secmon check`, of a target that is opened here.
+pub fn check(
+    session: &Session<'_>,
+    arguments: &CheckArguments,
+    format: Format,
+    reporter: Reporter,
+) -> Result<ExitCode> {
+    if arguments.list {
+        list(format)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let detectors = arguments.chosen()?;
+    crate::fault::install();
+    let source = session.open()?;
+    let guest = session.guest_alone(&source)?;
+    let report = secmon_detect::check(&guest, &detectors, Confirmation::default());
+    // The guest runs again before anything is said.
+    let resumed = source.finish();
+    let shown = Checked::from(&report).show(arguments, format, TrustLevel::L0, reporter);
+    resumed?;
+    shown
+}
+
+fn list(format: Format) -> Result<()> {
+    let columns = [
+        column("name", Kind::Text, "The detector."),
+        column("meaning", Kind::Text, "What it finds."),
+        column("compares", Kind::Text, "Which views it compares."),
+        column("evaded_by", Kind::Text, "How one stays unseen."),
+        column("techniques", Kind::List, "Techniques of ATT&CK."),
+        column("cost", Kind::Text, "What it reads."),
+    ];
+    let row = |detector: &&'static dyn Detector| {
+        let techniques = detector.techniques().iter();
+        let techniques = techniques.map(|technique| Value::word(technique.id()));
+        vec![
+            Value::word(detector.name()),
+            Value::word(detector.meaning()),
+            Value::word(detector.compares()),
+            Value::word(detector.evaded_by()),
+            Value::List(techniques.collect()),
+            Value::word(detector.cost()),
+        ]
+    };
+    let detectors = secmon_detect::detectors().iter();
+    Ok(listing::show(&columns, format, detectors.map(row))?)
+}
+
+/// What came out of a check, whoever made it.
+#[derive(Debug, Default)]
+pub struct Checked {
+    /// What was found.
+    pub findings: Vec<CheckFinding>,
+    /// What each detector did.
+    pub detectors: Vec<DetectorResult>,
+}
+
+impl From<&Report> for Checked {
+    fn from(report: &Report) -> Self {
+        Self {
+            findings: report.findings.iter().map(Into::into).collect(),
+            detectors: protocol::results(report),
+        }
+    }
+}
+
+impl Checked {
+    /// Writes what was found, says what could not be looked at, and gives the
+    /// exit status.
+    ///
+    /// # Errors
+    /// Those of the output, or if a detector could not look and nothing was
+    /// found.
+    pub fn show(
+        &self,
+        arguments: &CheckArguments,
+        format: Format,
+        trust: TrustLevel,
+        reporter: Reporter,
+    ) -> Result<ExitCode> {
+        match format {
+            Format::Json => self.write_document(trust)?,
+            Format::Ndjson => self.write_lines(trust)?,
+            Format::Table | Format::Csv | Format::Markdown => self.write_rows(format, trust)?,
+        }
+        self.say(arguments, format, reporter);
+        if self.findings.iter().any(|finding| finding.class.is_alarm()) {
+            return Ok(ExitCode::from(FOUND));
+        }
+        let unlooked = self.detectors.iter();
+        let unlooked = unlooked.filter(|detector| detector.not_checked.is_some());
+        match unlooked.count() {
+            0 => Ok(ExitCode::SUCCESS),
+            count => bail!(
+                "{count} of {} detectors could not look, see the warnings: that nothing was found \
+                 proves less",
+                self.detectors.len()
+            ),
+        }
+    }
+
+    fn write_rows(&self, format: Format, trust: TrustLevel) -> Result<()> {
+        let columns: Vec<ColumnInfo> = vec![
+            column("severity", Kind::Text, "How much harm it can do."),
+            column("class", Kind::Text, "Attack, suspicion or information."),
+            column("finding", Kind::Text, "What was found."),
+            column("subject", Kind::Text, "What it is about."),
+            column("technique", Kind::Text, "The technique of ATT&CK."),
+            column("detector", Kind::Text, "Who found it."),
+            column("summary", Kind::Text, "In a sentence."),
+        ];
+        let style = listing::style_of(trust);
+        let mut rows = Rows::new(listing::stdout()?, columns, format, style)?;
+        for finding in &self.findings {
+            rows.row(&[
+                Value::word(finding.severity.name()),
+                Value::word(finding.class.name()),
+                finding.name.as_str().into(),
+                finding.subject.as_str().into(),
+                finding.technique.clone().into(),
+                finding.detector.as_str().into(),
+                finding.summary.as_str().into(),
+            ])?;
+        }
+        rows.finish()?;
+        Ok(())
+    }
+
+    /// One object: findings and detectors.
+    fn write_document(&self, trust: TrustLevel) -> Result<()> {
+        #[derive(Serialize)]
+        struct Document<'a> {
+            findings: Vec<FindingObject<'a>>,
+            detectors: Vec<DetectorObject<'a>>,
+            trust_level: &'static str,
+        }
+        let mut out = listing::stdout()?;
+        let document = Document {
+            findings: self.finding_objects(trust).collect(),
+            detectors: self.detectors.iter().map(DetectorObject::of).collect(),
+            trust_level: trust.name(),
+        };
+        json::write(&mut out, &document)?;
+        out.write_all(b"\n")?;
+        out.flush()?;
+        Ok(())
+    }
+
+    /// One object a line: those of findings, then those of detectors.
+    fn write_lines(&self, trust: TrustLevel) -> Result<()> {
+        #[derive(Serialize)]
+        #[serde(tag = "type", rename_all = "snake_case")]
+        enum Line<'a> {
+            Finding(FindingObject<'a>),
+            Detector(DetectorObject<'a>),
+        }
+        let mut out = listing::stdout()?;
+        let findings = self.finding_objects(trust).map(Line::Finding);
+        let detectors = self.detectors.iter().map(DetectorObject::of);
+        for line in findings.chain(detectors.map(Line::Detector)) {
+            json::write(&mut out, &line)?;
+            out.write_all(b"\n")?;
+        }
+        out.flush()?;
+        Ok(())
+    }
+
+    fn finding_objects(&self, trust: TrustLevel) -> impl Iterator<Item = FindingObject<'_>> {
+        self.findings
+            .iter()
+            .map(move |finding| FindingObject::of(finding, trust))
+    }
+
+    /// Says on stderr what the findings do not.
+    fn say(&self, arguments: &CheckArguments, format: Format, reporter: Reporter) {
+        for detector in &self.detectors {
+            let name = &detector.detector;
+            if let Some(reason) = &detector.not_checked {
+                reporter.warn(format_args!("{name}: not checked: {reason}"));
+            }
+            if detector.dropped > 0 {
+                reporter.warn(format_args!(
+                    "{name}: {} more findings than are kept",
+                    detector.dropped
+                ));
+            }
+            if detector.unconfirmed > 0 {
+                reporter.warn(format_args!(
+                    "{name}: {} more seen, but not confirmed by further looks{}",
+                    detector.unconfirmed,
+                    if reporter.verbose {
+                        ""
+                    } else {
+                        ": -v says which"
+                    }
+                ));
+                for summary in &detector.unconfirmed_summaries {
+                    reporter.note(format_args!("{name}: not confirmed: {summary}"));
+                }
+            }
+            let time = Duration::from_micros(detector.microseconds);
+            let looks = match detector.looks {
+                1 => "one look".to_owned(),
+                looks => format!("{looks} looks"),
+            };
+            let timing = format_args!("{name}: {time:.1?} in {looks}").to_string();
+            if arguments.timings {
+                reporter.say(timing);
+            } else {
+                reporter.note(timing);
+            }
+        }
+        if format == Format::Table && self.findings.is_empty() {
+            let count = self.detectors.len();
+            let plural = if count == 1 { "" } else { "s" };
+            reporter.say(format_args!("{count} detector{plural}, nothing found"));
+        }
+    }
+}
+
+/// A finding in JSON.
+#[derive(Serialize)]
+struct FindingObject<'a> {
+    detector: &'a str,
+    name: &'a str,
+    class: &'static str,
+    severity: &'static str,
+    technique: Option<&'a str>,
+    subject: SubjectObject<'a>,
+    summary: &'a str,
+    evidence: Vec<EvidenceObject<'a>>,
+    trust_level: &'static str,
+}
+
+impl<'a> FindingObject<'a> {
+    fn of(finding: &'a CheckFinding, trust: TrustLevel) -> Self {
+        Self {
+            detector: &finding.detector,
+            name: &finding.name,
+            class: finding.class.name(),
+            severity: finding.severity.name(),
+            technique: finding.technique.as_deref(),
+            subject: SubjectObject {
+                kind: &finding.subject_kind,
+                columns: Columns(&finding.subject_columns),
+            },
+            summary: &finding.summary,
+            evidence: finding.evidence.iter().map(EvidenceObject::of).collect(),
+            trust_level: trust.name(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct SubjectObject<'a> {
+    kind: &'a str,
+    #[serde(flatten)]
+    columns: Columns<'a>,
+}
+
+#[derive(Serialize)]
+struct EvidenceObject<'a> {
+    view: &'a str,
+    what: &'a str,
+    row: Columns<'a>,
+}
+
+impl<'a> EvidenceObject<'a> {
+    fn of(evidence: &'a CheckEvidence) -> Self {
+        Self {
+            view: &evidence.view,
+            what: &evidence.what,
+            row: Columns(&evidence.row),
+        }
+    }
+}
+
+/// Columns and values as an object, as rows of tables are.
+struct Columns<'a>(&'a [(String, Cell)]);
+
+impl Serialize for Columns<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        let mut unreadable = Vec::new();
+        for (name, cell) in self.0 {
+            let value = Value::from(cell.clone());
+            map.serialize_entry(name, &value)?;
+            if let Value::Unreadable(reason) = value {
+                unreadable.push((name, reason));
+            }
+        }
+        if !unreadable.is_empty() {
+            let reasons = unreadable.iter().map(|(name, reason)| (*name, &**reason));
+            map.serialize_entry(
+                "unreadable",
+                &reasons.collect::<std::collections::BTreeMap<_, _>>(),
+            )?;
+        }
+        map.end()
+    }
+}
+
+/// What a detector did, in JSON.
+#[derive(Serialize)]
+struct DetectorObject<'a> {
+    detector: &'a str,
+    checked: bool,
+    not_checked: Option<&'a str>,
+    findings: u64,
+    unconfirmed: u64,
+    unconfirmed_summaries: &'a [String],
+    dropped: u64,
+    looks: u32,
+    milliseconds: f64,
+}
+
+impl<'a> DetectorObject<'a> {
+    fn of(result: &'a DetectorResult) -> Self {
+        Self {
+            detector: &result.detector,
+            checked: result.not_checked.is_none(),
+            not_checked: result.not_checked.as_deref(),
+            findings: result.findings,
+            unconfirmed: result.unconfirmed,
+            unconfirmed_summaries: &result.unconfirmed_summaries,
+            dropped: result.dropped,
+            looks: result.looks,
+            milliseconds: result.microseconds as f64 / 1000.0,
+        }
+    }
+}
