@@ -17,6 +17,9 @@ const PROCESSES: u32 = 960;
 /// Processes of the image with truth that do nothing; the rich workload and
 /// kernel threads bring the number above 1,000.
 const PLAIN_PROCESSES: u32 = 830;
+/// Processes of the image for detectors that do nothing; the rich workload and
+/// kernel threads bring the number above 300.
+const CHECKED_PROCESSES: u32 = 130;
 
 /// Where guest physical memory is free of holes: above the BIOS's first MiB.
 pub const FIRST: u64 = 16 << 20;
@@ -32,18 +35,37 @@ pub fn path() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("SECMON_BENCH_IMAGE") {
         return Ok(path.into());
     }
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let folder = manifest.join("../target/bench-images");
-    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    let path = folder.join("linux-6.12-1000-tasks.raw");
-    if path.exists() {
-        return Ok(path);
-    }
     let workload = Workload {
         processes: PROCESSES,
         rich: false,
         ..Workload::small()
     };
+    kept("linux-6.12-1000-tasks.raw", workload)
+}
+
+/// The image of a guest with 300 processes of all kinds and 512 MiB, kept as
+/// well, for detectors.
+///
+/// # Errors
+/// As [`path`].
+pub fn with_300_processes() -> Result<PathBuf> {
+    let workload = Workload {
+        processes: CHECKED_PROCESSES,
+        ..Workload::rich()
+    };
+    kept("linux-6.12-300-processes.raw", workload)
+}
+
+/// The image of this name in the build folder, made of a guest with that
+/// workload if it is not there.
+fn kept(name: &str, workload: Workload) -> Result<PathBuf> {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = manifest.join("../target/bench-images");
+    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let path = folder.join(name);
+    if path.exists() {
+        return Ok(path);
+    }
     let guest = Guest::builder(Suite::Trixie)
         .backing(Backing::File)
         .workload(workload)

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use secmon_guest::{Guest, Value};
 
 use crate::named_processes::NamedProcesses;
-use crate::rows::{Fields, Rows};
+use crate::rows::{Fields, Parts, Rows};
 use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Technique};
 
 const NAME: &str = "credentials";
@@ -91,14 +91,15 @@ impl Detector for Credentials {
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
         let processes = NamedProcesses::new(guest, NAME)?;
         let mut people: HashMap<u32, Person> = HashMap::new();
-        Rows::of("processes", PROCESSES)?.read(guest, |row| {
+        let mut parts = Parts::default();
+        parts.note(Rows::of("processes", PROCESSES)?.read(guest, |row| {
             if let Some(pid) = row.id("pid") {
                 people.insert(pid, Person::new(&row));
             }
-        })?;
+        }));
         let host = people.get(&1).map(|init| init.namespaces);
         let host_users = host.and_then(|host| host.user);
-        Rows::of("credentials", CREDENTIALS)?.read(guest, |row| {
+        parts.note(Rows::of("credentials", CREDENTIALS)?.read(guest, |row| {
             for claim in claims(&row, &people, host_users) {
                 let subject = row
                     .list("pids")
@@ -126,9 +127,9 @@ impl Detector for Credentials {
                     .evidence(row.evidence("credentials", "the cred")),
                 );
             }
-        })?;
+        }));
         let Some(host) = host else {
-            return Ok(());
+            return parts.finish();
         };
         let mut pids: Vec<_> = people.keys().copied().collect();
         pids.sort_unstable();
@@ -148,7 +149,7 @@ impl Detector for Credentials {
                     .evidence(person.evidence.clone()),
             );
         }
-        Ok(())
+        parts.finish()
     }
 }
 
@@ -316,6 +317,70 @@ impl Person {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const FULL: &str = "000001ffffffffff";
+
+    /// The names of what is claimed of a cred.
+    fn named(changes: &[(&str, Value)]) -> Vec<&'static str> {
+        let sound = |column: &str| match column {
+            "cap_effective" | "cap_permitted" => "0000000000000000".into(),
+            "cap_bounding" => FULL.into(),
+            "user_namespace" => Value::Unsigned(7),
+            "usage" => Value::Unsigned(2),
+            "tasks" => Value::Unsigned(1),
+            "pids" => Value::from(vec![812_u64]),
+            _ => Value::Unsigned(1000),
+        };
+        let value = |column: &&str| {
+            let changed = changes.iter().find(|(name, _)| name == column);
+            changed.map_or_else(|| sound(column), |(_, value)| value.clone())
+        };
+        let values: Vec<Value> = CREDENTIALS.iter().map(value).collect();
+        let row = Fields::new(CREDENTIALS, &values);
+        let people = HashMap::from([(812, person(false, HOST))]);
+        let claims = claims(&row, &people, HOST.user);
+        claims.iter().map(|claim| claim.name).collect()
+    }
+
+    #[test]
+    fn sound_credentials_are_left_alone() {
+        assert!(named(&[]).is_empty());
+        let root = |column| (column, Value::Unsigned(0));
+        let of_root = [
+            root("uid"),
+            root("euid"),
+            root("suid"),
+            root("account_uid"),
+            ("cap_effective", FULL.into()),
+            ("cap_permitted", FULL.into()),
+        ];
+        assert!(named(&of_root).is_empty());
+        // A program that is started as user 0 (set-user-ID).
+        assert!(named(&[root("euid"), root("suid")]).is_empty());
+        let in_a_namespace = [
+            ("cap_effective", FULL.into()),
+            ("cap_permitted", FULL.into()),
+            ("user_namespace", Value::Unsigned(8)),
+        ];
+        assert!(named(&in_a_namespace).is_empty());
+    }
+
+    #[test]
+    fn what_no_system_call_makes_is_found() {
+        let shared = Value::from(vec![1_u64, 812]);
+        assert_eq!(named(&[("pids", shared)]), ["shared_credentials"]);
+        let tasks = Value::Unsigned(3);
+        assert_eq!(named(&[("tasks", tasks)]), ["uncounted_credentials"]);
+        let zero = Value::Unsigned(0);
+        assert_eq!(named(&[("uid", zero)]), ["forged_user"]);
+        let effective = ("cap_effective", Value::from(FULL));
+        assert_eq!(
+            named(std::slice::from_ref(&effective)),
+            ["impossible_capabilities"]
+        );
+        let permitted = ("cap_permitted", Value::from(FULL));
+        assert_eq!(named(&[effective, permitted]), ["capabilities_of_nobody"]);
+    }
 
     const HOST: Namespaces = Namespaces {
         mount: Some(1),

@@ -3,7 +3,7 @@
 use secmon_guest::{Guest, Value};
 use secmon_memory::VirtualAddress;
 
-use crate::rows::{Fields, Rows};
+use crate::rows::{Fields, Parts, Rows};
 use crate::{Class, DetectError, Detector, Finding, Severity, Subject, Technique};
 
 const NAME: &str = "network";
@@ -74,17 +74,18 @@ impl Detector for Network {
     }
 
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
-        Rows::of("sockets", SOCKETS)?.read(guest, |row| {
+        let mut parts = Parts::default();
+        parts.note(Rows::of("sockets", SOCKETS)?.read(guest, |row| {
             if let Some(finding) = socket(&row) {
                 findings(finding);
             }
-        })?;
-        Rows::of("interfaces", INTERFACES)?.read(guest, |row| {
+        }));
+        parts.note(Rows::of("interfaces", INTERFACES)?.read(guest, |row| {
             if let Some(finding) = interface(&row) {
                 findings(finding);
             }
-        })?;
-        Ok(())
+        }));
+        parts.finish()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use secmon_guest::{Guest, Request, Selection, TableError, Value};
+use secmon_guest::{Guest, Request, Selection, Value};
 
 use crate::{DetectError, Evidence};
 
@@ -45,19 +45,60 @@ impl Rows {
     /// Hands out all rows.
     ///
     /// # Errors
-    /// [`TableError`] if the table can't be made from this guest.
+    /// [`DetectError::Table`] if the table can't be made from this guest,
+    /// [`DetectError::Incomplete`] if something in it could not be read.
     pub(crate) fn read(
         &self,
         guest: &Guest,
         mut each: impl FnMut(Fields<'_>),
-    ) -> Result<(), TableError> {
+    ) -> Result<(), DetectError> {
+        let before = guest.diagnostics().recorded();
         self.table.read(guest, &self.request, &mut |row| {
             each(Fields {
                 columns: self.columns,
                 values: &row.values,
             });
             ControlFlow::Continue(())
+        })?;
+        let lacking = guest.diagnostics().recorded().saturating_sub(before);
+        if lacking == 0 {
+            return Ok(());
+        }
+        let first = usize::try_from(before)
+            .ok()
+            .and_then(|before| guest.diagnostics().list().into_iter().nth(before))
+            .map_or_else(String::new, |first| {
+                format!(", first {}: {}", first.subject, first.reason)
+            });
+        Err(DetectError::Incomplete {
+            view: self.table.name(),
+            reason: format!("{lacking} things could not be read{first}"),
         })
+    }
+}
+
+/// What parts of a detector's work came to, so that one which fails keeps no
+/// other from being done.
+#[derive(Default)]
+pub(crate) struct Parts {
+    first: Option<DetectError>,
+}
+
+impl Parts {
+    /// Takes note of one part.
+    pub(crate) fn note<T>(&mut self, part: Result<T, DetectError>) -> Option<T> {
+        match part {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.first.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    /// The first error, if there was one.
+    pub(crate) fn finish(self) -> Result<(), DetectError> {
+        self.first.map_or(Ok(()), Err)
     }
 }
 
@@ -69,6 +110,12 @@ pub(crate) struct Fields<'r> {
 }
 
 impl<'r> Fields<'r> {
+    /// A row of these columns.
+    #[cfg(test)]
+    pub(crate) fn new(columns: &'static [&'static str], values: &'r [Value]) -> Self {
+        Self { columns, values }
+    }
+
     /// The value in a column; null if it was not asked for.
     pub(crate) fn value(&self, column: &str) -> &'r Value {
         let place = self.columns.iter().position(|known| *known == column);

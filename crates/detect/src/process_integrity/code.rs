@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use secmon_guest::Guest;
 
 use super::{Claims, Sort};
-use crate::rows::{Fields, Rows};
-use crate::{Class, DetectError, Severity, Technique};
+use crate::rows::{Fields, Parts, Rows};
+use crate::{Class, Severity, Technique};
 
 /// Process injection.
 pub(super) const INJECTION: Technique = Technique::new("T1055");
@@ -81,10 +81,14 @@ pub(super) fn look(
     guest: &Guest,
     told: &HashMap<u32, Vec<u8>>,
     claims: &mut Claims,
-) -> Result<(), DetectError> {
-    Rows::of("maps", AREAS)?.read(guest, |row| area(&row, told, claims))?;
-    Rows::of("changed_code", CHANGES)?.read(guest, |row| change(&row, claims))?;
-    Ok(())
+    parts: &mut Parts,
+) {
+    let areas =
+        Rows::of("maps", AREAS).and_then(|rows| rows.read(guest, |row| area(&row, told, claims)));
+    parts.note(areas);
+    let changes = Rows::of("changed_code", CHANGES)
+        .and_then(|rows| rows.read(guest, |row| change(&row, claims)));
+    parts.note(changes);
 }
 
 fn area(row: &Fields<'_>, told: &HashMap<u32, Vec<u8>>, claims: &mut Claims) {

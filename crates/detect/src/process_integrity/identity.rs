@@ -5,8 +5,8 @@ use std::collections::{HashMap, HashSet};
 use secmon_guest::{Guest, Value};
 
 use super::{Claims, Sort};
-use crate::rows::{Fields, Rows};
-use crate::{Class, DetectError, Severity, Technique};
+use crate::rows::{Fields, Parts, Rows};
+use crate::{Class, Severity, Technique};
 
 /// Indicator removal: file deletion.
 pub(super) const DELETION: Technique = Technique::new("T1070.004");
@@ -86,30 +86,32 @@ fn in_brackets(word: &[u8]) -> bool {
 
 /// Looks at all processes; gives the deleted executables that were found, by
 /// process.
-pub(super) fn look(
-    guest: &Guest,
-    claims: &mut Claims,
-) -> Result<HashMap<u32, Vec<u8>>, DetectError> {
-    let rows = Rows::of("processes", COLUMNS)?;
+pub(super) fn look(guest: &Guest, claims: &mut Claims, parts: &mut Parts) -> HashMap<u32, Vec<u8>> {
     let mut names = KernelNames::default();
-    Rows::of("processes", &["kernel_thread", "task_comm"])?.read(guest, |row| {
-        if let (true, Some(name)) = (row.is_true("kernel_thread"), row.text("task_comm")) {
-            names.add(name);
-        }
-    })?;
+    let threads = Rows::of("processes", &["kernel_thread", "task_comm"]).and_then(|rows| {
+        rows.read(guest, |row| {
+            if let (true, Some(name)) = (row.is_true("kernel_thread"), row.text("task_comm")) {
+                names.add(name);
+            }
+        })
+    });
+    parts.note(threads);
     let mut deleted = HashMap::new();
-    rows.read(guest, |row| {
-        if row.is_true("kernel_thread") {
-            return;
-        }
-        judge(&row, &names, claims);
-        if let (true, Some(pid), Some(exe)) =
-            (row.is_true("exe_deleted"), row.id("pid"), row.text("exe"))
-        {
-            deleted.insert(pid, exe.to_vec());
-        }
-    })?;
-    Ok(deleted)
+    let programs = Rows::of("processes", COLUMNS).and_then(|rows| {
+        rows.read(guest, |row| {
+            if row.is_true("kernel_thread") {
+                return;
+            }
+            judge(&row, &names, claims);
+            if let (true, Some(pid), Some(exe)) =
+                (row.is_true("exe_deleted"), row.id("pid"), row.text("exe"))
+            {
+                deleted.insert(pid, exe.to_vec());
+            }
+        })
+    });
+    parts.note(programs);
+    deleted
 }
 
 fn judge(row: &Fields<'_>, names: &KernelNames, claims: &mut Claims) {

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use secmon_guest::Guest;
 
 use crate::named_processes::NamedProcesses;
+use crate::rows::Parts;
 use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Technique};
 
 const NAME: &str = "process_integrity";
@@ -65,9 +66,10 @@ impl Detector for ProcessIntegrity {
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
         let processes = NamedProcesses::new(guest, NAME)?;
         let mut claims = Claims::default();
-        let deleted = identity::look(guest, &mut claims)?;
-        code::look(guest, &deleted, &mut claims)?;
-        environment::look(guest, &mut claims)?;
+        let mut parts = Parts::default();
+        let deleted = identity::look(guest, &mut claims, &mut parts);
+        code::look(guest, &deleted, &mut claims, &mut parts);
+        parts.note(environment::look(guest, &mut claims));
         for ((pid, name), claim) in claims.by_process {
             // What ended meanwhile is nobody's any more.
             let Some(subject) = processes.subject(pid) else {
@@ -83,7 +85,7 @@ impl Detector for ProcessIntegrity {
             finding.evidence = claim.evidence;
             findings(finding);
         }
-        Ok(())
+        parts.finish()
     }
 }
 
