@@ -43,7 +43,7 @@ impl Detector for ProcessIntegrity {
     fn evaded_by(&self) -> &'static str {
         "Code that is brought in as data for an interpreter, or through a library that is a file; \
          an executable that is put back in its place; an environment that the program writes \
-         over. Programs that make code as they run (Java, browsers) are found as well: they need \
+         over or that is swapped out. Programs that make code as they run (Java, browsers) are found as well: they need \
          an exception."
     }
 
