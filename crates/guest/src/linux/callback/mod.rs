@@ -1,6 +1,6 @@
 //! Functions that the kernel calls through pointers in its objects, and tables
 //! of such functions: notifier chains, binary formats, netfilter, files of
-//! `/proc`, file systems, handlers of packets, terminals.
+//! `/proc`, file systems, handlers of packets, terminals, timers.
 //!
 //! It is told where each pointer lies and where it leads, nothing more.
 
@@ -8,6 +8,7 @@ mod file_system;
 mod list;
 mod network;
 mod notifier;
+mod timer;
 
 use secmon_memory::{ReadError, VirtualAddress};
 
@@ -33,6 +34,8 @@ pub struct Callback {
 pub enum LeadsTo {
     /// A function.
     Function,
+    /// A function, if to code at all, and then one of the kernel itself.
+    KernelFunction,
     /// A table of functions of that many bytes.
     Table(u64),
 }
@@ -53,6 +56,8 @@ pub fn callbacks(guest: &Guest, table: &'static str) -> Result<Vec<Callback>, Ta
     list::line_disciplines(&mut walk)?;
     network::netfilter(&mut walk)?;
     network::packet_handlers(&mut walk)?;
+    network::protocols(&mut walk)?;
+    timer::timers(&mut walk)?;
     file_system::super_blocks(&mut walk)?;
     file_system::proc_entries(&mut walk)?;
     Ok(walk.found)

@@ -15,6 +15,8 @@ const MOST_HOOKS: u64 = 1 << 12;
 const MOST_LISTS: u64 = 16;
 /// `PTYPE_HASH_SIZE`.
 const HASH_SIZE: u64 = 16;
+/// No `struct proto` has more bytes.
+const LARGEST_PROTOCOL: u64 = 4096;
 /// More handlers than this are in no list.
 const MOST_HANDLERS: usize = 1 << 12;
 
@@ -25,6 +27,9 @@ layout! {
         ipv6: "nf.hooks_ipv6",
         arp: "nf.hooks_arp",
         bridge: "nf.hooks_bridge",
+        /// Handlers of packets, since Linux 6.14 and its backports.
+        all_packets: "ptype_all",
+        some_packets: "ptype_specific",
     }
 }
 
@@ -110,6 +115,38 @@ fn hooks_at(
     Ok(())
 }
 
+/// The protocols whose operations can be written, by their symbols.
+const PROTOCOLS: [&str; 8] = [
+    "tcp_prot",
+    "tcpv6_prot",
+    "udp_prot",
+    "udpv6_prot",
+    "raw_prot",
+    "rawv6_prot",
+    "ping_prot",
+    "packet_proto",
+];
+
+/// Every pointer in the operations of the kernel's own protocols.
+pub(super) fn protocols(walk: &mut Walk<'_>) -> Result<(), TableError> {
+    let guest = walk.guest;
+    let size = guest.types(walk.table)?.size_of("proto").unwrap_or(0);
+    for symbol in PROTOCOLS {
+        let Some(protocol) = guest.address(symbol) else {
+            continue;
+        };
+        let name = Text::from(symbol);
+        for word in 0..size.min(LARGEST_PROTOCOL) / 8 {
+            let location = protocol.wrapping_add(word * 8);
+            if let Err(error) = walk.add("proto", &name, location, LeadsTo::KernelFunction) {
+                walk.complain("proto", location, &error);
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Handlers of packets for all devices; older kernels keep those for all
 /// protocols in a list of their own, newer ones in each namespace.
 pub(super) fn packet_handlers(walk: &mut Walk<'_>) -> Result<(), TableError> {
@@ -120,6 +157,16 @@ pub(super) fn packet_handlers(walk: &mut Walk<'_>) -> Result<(), TableError> {
         heads.extend((0..HASH_SIZE).map(|bucket| ("ptype_base", base.wrapping_add(bucket * 16))));
     }
     heads.extend(guest.address("ptype_all").map(|head| ("ptype_all", head)));
+    let net = guest.layout::<NetLayout>(table)?;
+    let members = [net.all_packets.as_ref(), net.some_packets.as_ref()];
+    if members.iter().any(Option::is_some) {
+        for namespace in namespaces(guest, table)? {
+            heads.extend(members.into_iter().flatten().map(|member| {
+                let head = namespace.address.wrapping_add(member.offset);
+                ("net.ptype_all", head)
+            }));
+        }
+    }
     for (symbol, head) in heads {
         let name = Text::from(symbol);
         for handler in entries(guest, table, symbol, head, layout.list.offset).take(MOST_HANDLERS) {

@@ -9,6 +9,7 @@ use secmon_memory::{MappedPage, PAGE_SIZE, VirtualAddress, Volatility};
 use super::image::ImageSections;
 use super::vmalloc::{self, Area};
 use super::{Claims, CodeOwner, generated};
+use crate::linux::module::views::module_area;
 use crate::linux::module::{Module, modules};
 use crate::{Diagnostic, Guest, TableError};
 
@@ -53,6 +54,8 @@ pub struct Incomplete {
 pub struct CodeMap {
     /// The kernel's own sections.
     pub image: ImageSections,
+    /// Where modules, and what else is made of code later, are put.
+    pub module_area: Range<VirtualAddress>,
     /// The modules of the kernel's list.
     pub modules: Vec<Module>,
     claims: Claims,
@@ -119,6 +122,7 @@ impl CodeMap {
         let (executable, complaint) = executable(guest);
         incomplete.extend(complaint);
         let mut map = Self {
+            module_area: module_area(guest, table)?,
             image,
             modules,
             claims,
