@@ -70,8 +70,10 @@ pub(crate) enum Target<'m> {
 
 /// Judges an address that is to be called.
 pub(crate) fn target(map: &CodeMap, address: VirtualAddress) -> Target<'_> {
+    if !map.is_executable(address) {
+        return Target::NotExecutable;
+    }
     match map.owner_of(address) {
-        _ if !map.is_executable(address) => Target::NotExecutable,
         Some(owner) if owner.holds_code() => Target::Owned(owner),
         Some(owner) => Target::NoCode(owner),
         None if map.unowned_at(address).is_some() => Target::Unowned,

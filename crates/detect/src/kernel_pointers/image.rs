@@ -30,7 +30,7 @@ pub(super) fn look(
     ];
     for (view, section, constant) in sections {
         words(guest, section, &mut |location, target| {
-            let Some(judgement) = judge(map, target, constant) else {
+            let Some(judgement) = judge(guest, map, target, constant) else {
                 return;
             };
             // The word may have changed meanwhile.
@@ -44,16 +44,30 @@ pub(super) fn look(
 }
 
 /// What is wrong with a word that leads there, if something is.
-fn judge(map: &CodeMap, target: VirtualAddress, constant: bool) -> Option<&'static str> {
+fn judge(
+    guest: &Guest,
+    map: &CodeMap,
+    target: VirtualAddress,
+    constant: bool,
+) -> Option<&'static str> {
     // The end of the text is an address that variables hold.
     if target == map.image.text.end {
         return None;
+    }
+    // Constants lead to nothing that was not there when they were made: what
+    // is in the modules' memory came later, data as well as code.
+    if constant && map.module_area.contains(&target) {
+        return match map.owner_of(target) {
+            Some(CodeOwner::Module { .. }) => Some("constant_into_module"),
+            Some(_) => None,
+            None if guest.space().translate(target).is_ok() => Some("pointer_to_foreign_memory"),
+            None => None,
+        };
     }
     match code::target(map, target) {
         Target::Unowned => Some("pointer_to_foreign_code"),
         // Pages behind the text are marked by their limits only.
         Target::NoCode(_) if !target.is_aligned(PAGE_SIZE) => Some("pointer_to_foreign_code"),
-        Target::Owned(CodeOwner::Module { .. }) if constant => Some("constant_into_module"),
         _ => None,
     }
 }

@@ -40,7 +40,8 @@ impl Detector for KernelPointers {
     fn compares(&self) -> &'static str {
         "Every pointer in the kernel's read-only data and variables, and the callbacks in its \
          objects (notifier chains, binary formats, line disciplines, netfilter hooks, packet \
-         handlers, mounted file systems and their roots, entries of /proc), with the owners of \
+         handlers, operations of protocols, timers, mounted file systems and their roots, entries \
+         of /proc), with the owners of \
          executable memory and the places where tables lie."
     }
 
@@ -105,6 +106,16 @@ fn judge(guest: &Guest, map: &CodeMap, callback: &Callback) -> Option<Finding> {
                 }
                 _ => None,
             }
+        }
+        LeadsTo::KernelFunction => {
+            let target = code::target(map, callback.target);
+            let name = match target {
+                _ if target.is_foreign() => "callback_to_foreign_code",
+                Target::Owned(CodeOwner::Module { .. }) => "operation_into_module",
+                _ => return None,
+            };
+            (again == Ok(callback.target))
+                .then(|| finding(guest, map, callback, name, &target.describe()))
         }
         LeadsTo::Table(bytes) => {
             if !holds_tables(map, callback.target) {
