@@ -14,6 +14,7 @@ use secmon_guest::Guest;
 use secmon_guest::linux::module::knowledge::symbols_of;
 use secmon_guest::linux::module::views::kobjects;
 use secmon_guest::linux::module::{Module, modules};
+use secmon_guest::linux::per_cpu::PerCpu;
 use secmon_guest::linux::tracing::ftrace_sites;
 use secmon_memory::VirtualAddress;
 use secmon_profile::Kernel;
@@ -224,6 +225,14 @@ pub fn edits(guest: &Guest) -> Result<Vec<Edit>> {
         ),
     ];
     edits.extend(text_edits(guest, code)?);
+    edits.extend(object_edits(guest, code, &everywhere)?);
+    edits.push(edit(
+        "a constant led to data of a module",
+        vec![pointer(symbol("tcp4_seq_ops")?, victim.address)],
+        "kernel_pointers",
+        "constant_into_module",
+        "tcp4_seq_ops",
+    ));
     edits.extend(tracing_edits(guest, code, &everywhere)?);
     if let Some(dispatch) = guest.address("x64_sys_call") {
         edits.push(edit(
@@ -311,6 +320,73 @@ fn text_edits(guest: &Guest, code: VirtualAddress) -> Result<Vec<Edit>> {
             vec![(entry, vec![(last.entry | 2) as u8])],
             "writable_kernel_text",
             "",
+        ),
+    ])
+}
+
+/// Objects that call a module: a protocol of the kernel, and, of a hidden one,
+/// a timer and a handler of packets. They are put where the kernel has nothing.
+fn object_edits(guest: &Guest, code: VirtualAddress, hide: &[Write]) -> Result<Vec<Edit>> {
+    let types = guest.kernel().profile.types()?;
+    let symbol = |name: &'static str| guest.address(name).with_context(|| format!("no {name}"));
+    let offset = |structure, member| -> Result<u64> { Ok(types.member(structure, member)?.offset) };
+    let spare = guest.kernel().direct_map.wrapping_add(0x10_0000);
+    let hidden = |writes: Vec<Write>| [hide.to_vec(), writes].concat();
+    let edit = |what, writes, name, subject: &str| Edit {
+        what,
+        writes,
+        expected: ("kernel_pointers", name),
+        subject: subject.to_owned(),
+    };
+
+    let slot = PerCpu::read(guest, "edits")?
+        .address(symbol("timer_bases")?, 0)
+        .context("no CPU 0")?
+        .wrapping_add(offset("timer_base", "vectors")?);
+    let entry = spare.wrapping_add(offset("timer_list", "entry")?);
+    let first = guest.space().read_pointer(slot)?;
+    let mut timer = vec![
+        (spare, vec![0; types.size_of("timer_list")? as usize]),
+        pointer(entry, first),
+        pointer(entry.wrapping_add(8), slot),
+        pointer(spare.wrapping_add(offset("timer_list", "function")?), code),
+        pointer(slot, entry),
+    ];
+    if !first.is_null() {
+        timer.push(pointer(first.wrapping_add(8), entry));
+    }
+
+    let head = symbol("ptype_base")?;
+    let first = guest.space().read_pointer(head)?;
+    let list = spare.wrapping_add(offset("packet_type", "list")?);
+    let handler = vec![
+        (spare, vec![0; types.size_of("packet_type")? as usize]),
+        pointer(list, first),
+        pointer(list.wrapping_add(8), head),
+        pointer(spare.wrapping_add(offset("packet_type", "func")?), code),
+        pointer(head, list),
+        pointer(first.wrapping_add(8), list),
+    ];
+
+    let send = symbol("tcp_prot")?.wrapping_add(offset("proto", "sendmsg")?);
+    Ok(vec![
+        edit(
+            "TCP's function for sending led into a module",
+            vec![pointer(send, code)],
+            "operation_into_module",
+            "tcp_prot",
+        ),
+        edit(
+            "a timer of a hidden module",
+            hidden(timer),
+            "callback_to_foreign_code",
+            "timer_list",
+        ),
+        edit(
+            "a handler of packets of a hidden module",
+            hidden(handler),
+            "callback_to_foreign_code",
+            "packet_type",
         ),
     ])
 }

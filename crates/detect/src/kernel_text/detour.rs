@@ -20,9 +20,11 @@ use crate::{DetectError, Finding};
 /// No text of a kernel or module is longer.
 const MOST_BYTES: u64 = 256 << 20;
 /// Bytes that are looked at at a time.
-const BLOCK: usize = 1 << 20;
+const BLOCK: usize = 1 << 18;
 /// The longest form that is looked for, in bytes.
 const LONGEST: usize = 16;
+/// Suspects that lie no further apart are looked for together.
+const CLOSE: u64 = 4 << 20;
 /// A function whose start lies further away is not decoded.
 const LONGEST_FUNCTION: u64 = 1 << 16;
 /// More candidates than this are not decoded in one text.
@@ -34,7 +36,6 @@ pub(super) fn look(
     map: &CodeMap,
     findings: &mut dyn FnMut(Finding),
 ) -> Result<(), DetectError> {
-    let limits = Limits::of(map);
     let mut judge = |text: &Range<VirtualAddress>, candidates: Vec<Candidate>, kernel: bool| {
         for candidate in candidates {
             if !is_suspect(map, candidate.target, kernel)
@@ -56,8 +57,13 @@ pub(super) fn look(
         }
     };
     let text = &map.image.text;
-    let found = candidates(guest, text, &limits, map, true)?;
+    let suspects = Suspects::of(map, true);
+    let found = candidates(guest, text, &suspects)?;
     judge(text, found, true);
+    let suspects = Suspects::of(map, false);
+    if suspects.is_empty() {
+        return Ok(());
+    }
     for module in &map.modules {
         let Some((start, size)) = module.parts().next() else {
             continue;
@@ -67,7 +73,7 @@ pub(super) fn look(
         };
         let text = start..end;
         // A module may be on its way out.
-        let Ok(found) = candidates(guest, &text, &limits, map, false) else {
+        let Ok(found) = candidates(guest, &text, &suspects) else {
             continue;
         };
         judge(&text, found, false);
@@ -82,31 +88,67 @@ struct Candidate {
     target: VirtualAddress,
 }
 
-/// The lowest and highest addresses outside of the kernel's text that can be
-/// executed, as far as a jump by distance reaches: a quick test.
-struct Limits {
-    text: Range<u64>,
-    executable: Range<u64>,
-}
+/// Where the code lies that a text does not lead to.
+struct Suspects(Vec<Range<u64>>);
 
-impl Limits {
-    fn of(map: &CodeMap) -> Self {
-        let text = map.image.text.start.as_u64()..map.image.text.end.as_u64();
-        let outside = map.executable().filter(|run| run.end.as_u64() > text.end);
-        let start = outside
-            .map(|run| run.start.as_u64())
-            .min()
-            .unwrap_or(text.end);
-        Self {
-            executable: start..u64::MAX,
-            text,
+impl Suspects {
+    /// Of the kernel's text: code of modules, and of nobody. Of a module's:
+    /// code of nobody.
+    fn of(map: &CodeMap, kernel: bool) -> Self {
+        let mut ranges: Vec<Range<u64>> = map
+            .unowned()
+            .iter()
+            .map(|code| code.range.start.as_u64()..code.range.end.as_u64())
+            .collect();
+        if kernel {
+            for module in &map.modules {
+                // The first part is the one that is executed.
+                ranges.extend(module.parts().next().map(|(start, size)| {
+                    let start = start.as_u64();
+                    start..start.saturating_add(size)
+                }));
+            }
         }
+        ranges.sort_unstable_by_key(|range| range.start);
+        // What lies close together is one range: who exactly owns an address
+        // is asked later.
+        let mut joined: Vec<Range<u64>> = Vec::new();
+        for range in ranges {
+            match joined.last_mut() {
+                Some(last) if range.start <= last.end.saturating_add(CLOSE) => {
+                    last.end = last.end.max(range.end);
+                }
+                _ => joined.push(range),
+            }
+        }
+        Self(joined)
     }
 
-    #[inline]
-    fn may_be_outside(&self, target: u64) -> bool {
-        self.executable.contains(&target) && !self.text.contains(&target)
-            || target >> 47 == 0x1_ffff && target < self.text.start
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn contain(&self, target: u64) -> bool {
+        self.0.iter().any(|range| range.contains(&target))
+    }
+
+    /// Which bytes can be the highest of four that lead from code between
+    /// `start` and `end` to a suspect, as a distance or as the lower half of
+    /// an address.
+    fn highest_bytes(&self, start: u64, end: u64) -> [bool; 256] {
+        let mut table = [false; 256];
+        for range in &self.0 {
+            let lowest = range.start.wrapping_sub(end.wrapping_add(LONGEST as u64));
+            let highest = range.end.wrapping_sub(start);
+            for (first, last) in [(lowest, highest), (range.start, range.end)] {
+                let length = last.wrapping_sub(first).min(1 << 32) >> 24;
+                for step in 0..=length + 1 {
+                    let byte = (first >> 24).wrapping_add(step) as u8;
+                    table[usize::from(byte)] = true;
+                }
+            }
+        }
+        table
     }
 }
 
@@ -126,9 +168,7 @@ fn is_suspect(map: &CodeMap, target: VirtualAddress, kernel: bool) -> bool {
 fn candidates(
     guest: &Guest,
     text: &Range<VirtualAddress>,
-    limits: &Limits,
-    map: &CodeMap,
-    kernel: bool,
+    suspects: &Suspects,
 ) -> Result<Vec<Candidate>, DetectError> {
     let size = text.end.as_u64().saturating_sub(text.start.as_u64());
     let size = size.min(MOST_BYTES) as usize;
@@ -148,63 +188,83 @@ fn candidates(
                 address: start,
                 source,
             })?;
-        let mut each = |offset: usize, target: u64| {
-            let target = VirtualAddress::new(target);
-            if found.len() < MOST_CANDIDATES && is_suspect(map, target, kernel) {
-                found.push(Candidate {
-                    address: start.wrapping_add(offset as u64),
-                    target,
-                });
-            }
-        };
-        scan(part, count, start.as_u64(), limits, &mut each);
+        scan(
+            part,
+            count,
+            start.as_u64(),
+            suspects,
+            &mut |offset, target| {
+                if found.len() < MOST_CANDIDATES {
+                    found.push(Candidate {
+                        address: start.wrapping_add(offset as u64),
+                        target: VirtualAddress::new(target),
+                    });
+                }
+            },
+        );
         done += count;
     }
     Ok(found)
 }
 
-/// Gives the offset and target of each form in the first `count` bytes of code
-/// at `start`.
-fn scan(code: &[u8], count: usize, start: u64, limits: &Limits, each: &mut dyn FnMut(usize, u64)) {
-    for offset in 0..count.min(code.len()) {
-        let Some(target) = code
-            .get(offset..)
-            .and_then(|rest| leads_to(rest, start.wrapping_add(offset as u64), limits))
-        else {
+/// Gives the offset and target of each form that starts in the first `count`
+/// bytes of code at `start` and leads to a suspect.
+///
+/// The address or distance is looked for, not the instruction: the highest of
+/// its bytes is a rare one.
+fn scan(
+    code: &[u8],
+    count: usize,
+    start: u64,
+    suspects: &Suspects,
+    each: &mut dyn FnMut(usize, u64),
+) {
+    let table = suspects.highest_bytes(start, start.wrapping_add(count as u64));
+    for (place, byte) in code.iter().enumerate() {
+        if !table[usize::from(*byte)] {
             continue;
-        };
-        each(offset, target);
+        }
+        // The forms have one, two or six bytes before the four.
+        for before in [1, 2, 6] {
+            let Some(offset) = place.checked_sub(3 + before) else {
+                continue;
+            };
+            let rest = code.get(offset..).filter(|_| offset < count);
+            let at = start.wrapping_add(offset as u64);
+            let target = rest.and_then(|rest| leads_to(rest, before, at));
+            if let Some(target) = target.filter(|target| suspects.contain(*target)) {
+                each(offset, target);
+            }
+        }
     }
 }
 
 /// Where the instruction at `address` leads, if it is of one of the forms that
-/// detours have and may lead out of the kernel's text.
-#[inline]
-fn leads_to(code: &[u8], address: u64, limits: &Limits) -> Option<u64> {
-    let relative = |at: usize| -> Option<u64> {
-        let distance = i32::from_le_bytes(*code.get(at..)?.first_chunk()?);
-        let next = address.wrapping_add(at as u64 + 4);
+/// detours have, with that many bytes before its address or distance.
+fn leads_to(code: &[u8], before: usize, address: u64) -> Option<u64> {
+    let relative = || -> Option<u64> {
+        let distance = i32::from_le_bytes(*code.get(before..)?.first_chunk()?);
+        let next = address.wrapping_add(before as u64 + 4);
         Some(next.wrapping_add_signed(distance.into()))
     };
     let absolute =
-        |at: usize| -> Option<u64> { Some(u64::from_le_bytes(*code.get(at..)?.first_chunk()?)) };
-    let target = match code {
+        || -> Option<u64> { Some(u64::from_le_bytes(*code.get(before..)?.first_chunk()?)) };
+    match (before, code) {
         // call, jmp
-        [0xe8 | 0xe9, ..] => relative(1),
-        // A condition and a jump.
-        [0x0f, 0x80..=0x8f, ..] => relative(2),
-        // mov $address,%r
-        [0x48 | 0x49, 0xb8..=0xbf, ..] => absolute(2),
-        // jmp or call through the eight bytes that follow.
-        [0xff, 0x25 | 0x15, 0, 0, 0, 0, ..] => absolute(6),
+        (1, [0xe8 | 0xe9, ..]) => relative(),
         // push $address; ret
-        [0x68, a, b, c, d, 0xc3, ..] => {
+        (1, [0x68, a, b, c, d, 0xc3, ..]) => {
             let value = i32::from_le_bytes([*a, *b, *c, *d]);
             Some(i64::from(value) as u64)
         }
+        // A condition and a jump.
+        (2, [0x0f, 0x80..=0x8f, ..]) => relative(),
+        // mov $address,%r
+        (2, [0x48 | 0x49, 0xb8..=0xbf, ..]) => absolute(),
+        // jmp or call through the eight bytes that follow.
+        (6, [0xff, 0x25 | 0x15, 0, 0, 0, 0, ..]) => absolute(),
         _ => None,
-    }?;
-    limits.may_be_outside(target).then_some(target)
+    }
 }
 
 /// Whether an instruction starts there, by decoding the function from its
@@ -259,11 +319,10 @@ fn again(guest: &Guest, candidate: Candidate) -> bool {
             return false;
         }
     }
-    let everywhere = Limits {
-        text: 0..0,
-        executable: 0..u64::MAX,
-    };
-    leads_to(&bytes, candidate.address.as_u64(), &everywhere) == Some(candidate.target.as_u64())
+    [1, 2, 6].into_iter().any(|before| {
+        let target = leads_to(&bytes, before, candidate.address.as_u64());
+        target == Some(candidate.target.as_u64())
+    })
 }
 
 #[cfg(test)]
@@ -275,15 +334,28 @@ mod tests {
     const START: u64 = 0xffff_ffff_8100_0000;
     const MODULE: u64 = 0xffff_ffff_c012_3450;
 
-    fn limits() -> Limits {
-        Limits {
-            text: START..START + 0x100_0000,
-            executable: 0xffff_ffff_c000_0000..u64::MAX,
-        }
+    fn suspects() -> Suspects {
+        let area = 0xffff_ffff_c010_0000..0xffff_ffff_c020_0000;
+        Suspects([area].into())
     }
 
+    /// Where the code leads that stands somewhere in a text.
     fn target_of(code: &[u8]) -> Option<u64> {
-        leads_to(code, START, &limits())
+        let mut text = vec![0x90; 0x100];
+        let place = 0x80;
+        text[place..place + code.len()].copy_from_slice(code);
+        let mut found = None;
+        scan(
+            &text,
+            text.len(),
+            START - 0x80,
+            &suspects(),
+            &mut |offset, target| {
+                assert_eq!(offset, place);
+                found = Some(target);
+            },
+        );
+        found
     }
 
     fn relative(opcode: &[u8], target: u64) -> Vec<u8> {
@@ -315,12 +387,22 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_are_looked_at(code in prop::collection::vec(any::<u8>(), 0..64)) {
-            let mut last = None;
-            scan(&code, code.len(), START, &limits(), &mut |offset, target| {
-                assert!(Some(offset) > last);
-                assert!(limits().may_be_outside(target));
-                last = Some(offset);
+            scan(&code, code.len(), START, &suspects(), &mut |offset, target| {
+                assert!(offset < code.len());
+                assert!(suspects().contain(target));
             });
+        }
+
+        #[test]
+        fn any_place_leads_to_any_suspect(from in 0_u64..0x1000_0000, to in 0_u64..0x10_0000) {
+            let target = 0xffff_ffff_c010_0000 + to;
+            let distance = target.wrapping_sub(START + from + 5) as u32;
+            let code = [&[0xe9][..], &distance.to_le_bytes()].concat();
+            let mut found = None;
+            scan(&code, code.len(), START + from, &suspects(), &mut |_, target| {
+                found = Some(target);
+            });
+            prop_assert_eq!(found, Some(target));
         }
     }
 }

@@ -37,18 +37,19 @@ pub(super) fn look(
     let mut text = Window::default();
     for site in sites.iter() {
         let address = site.address;
-        if !matches!(
-            map.owner_of(address),
-            Some(CodeOwner::Kernel | CodeOwner::Module { .. })
-        ) {
-            continue;
-        }
         let Some(bytes) = text.at(guest, address) else {
             continue;
         };
         let Some(fault) = fault(guest, map, address, bytes) else {
             continue;
         };
+        // Records of memory that was freed tell nothing.
+        if !matches!(
+            map.owner_of(address),
+            Some(CodeOwner::Kernel | CodeOwner::Module { .. })
+        ) {
+            continue;
+        }
         // Tracing may be switched on or off just now.
         let mut again = [0; SITE];
         let same = guest.space().read(address, &mut again).is_ok() && again == bytes;
