@@ -1,5 +1,6 @@
 //! A monitoring VM with nine targets at once: each is found by itself, all of
 //! them fit into its memory, and one that has not started is said to be empty.
+//! Another one with four targets of four kernels.
 
 use std::fs::File;
 use std::ops::ControlFlow;
@@ -97,6 +98,30 @@ fn nine_targets_at_once() -> Result<()> {
     outcome.with_context(|| format!("the monitor's console:\n{}", vm.console()))
 }
 
+#[test]
+fn four_kernels_at_once() -> Result<()> {
+    let boot = |suite: Suite| {
+        Guest::builder(suite)
+            .memory_mib(MEMORY_MIB)
+            .backing(Backing::File)
+            .workload(Workload::small())
+            .boot()
+    };
+    let guests: Vec<Guest> = Suite::ALL.into_iter().map(boot).collect::<Result<_>>()?;
+    let guests: Vec<&Guest> = guests.iter().collect();
+    let image = appliance_image(Suite::Bookworm)?;
+    let vm = MonitorVm::start(Emulator::Installed, &image, &guests)?;
+    let all = |client: &mut Client| {
+        wait_for(client, "four run", |targets| targets.iter().all(is_running))?;
+        for guest in &guests {
+            compare(client, guest, guest.name())?;
+        }
+        within_bounds(client)
+    };
+    let outcome = vm.connect().and_then(|mut client| all(&mut client));
+    outcome.with_context(|| format!("the monitor's console:\n{}", vm.console()))
+}
+
 fn watch(vm: &MonitorVm, guest: &Guest, names: &[String]) -> Result<()> {
     let mut client = vm.connect()?;
     wait_for(&mut client, "eight run, one is empty", |targets| {
@@ -108,23 +133,32 @@ fn watch(vm: &MonitorVm, guest: &Guest, names: &[String]) -> Result<()> {
         "all found {:.1} s after QEMU's start",
         vm.started.elapsed().as_secs_f32()
     );
-    let truth = guest.truth().processes()?;
     for name in names {
-        let mut found = pids(&mut client, name)?;
-        let mut expected: Vec<u64> = truth.iter().map(|process| process.pid as u64).collect();
-        // Kernel workers come and go.
-        found.retain(|pid| expected.contains(pid));
-        expected.retain(|pid| found.contains(pid));
-        ensure!(
-            found.len() * 10 >= truth.len() * 9,
-            "{name}: {} processes",
-            found.len()
-        );
+        compare(&mut client, guest, name)?;
     }
+    within_bounds(&mut client)
+}
+
+/// What the monitor lists of a target is what the guest says.
+fn compare(client: &mut Client, guest: &Guest, name: &str) -> Result<()> {
+    let truth = guest.truth().processes()?;
+    let mut found = pids(client, name)?;
+    let mut expected: Vec<u64> = truth.iter().map(|process| process.pid as u64).collect();
+    // Kernel workers come and go.
+    found.retain(|pid| expected.contains(pid));
+    expected.retain(|pid| found.contains(pid));
+    ensure!(
+        found.len() * 10 >= truth.len() * 9,
+        "{name}: {} processes",
+        found.len()
+    );
+    Ok(())
+}
+
+fn within_bounds(client: &mut Client) -> Result<()> {
     let status = client.status()?;
     println!("{:?}", status.heartbeat);
     ensure!(status.heartbeat.memory_total_kib <= MEMORY_KIB);
     ensure!(status.heartbeat.findings_lost == 0 && status.heartbeat.restarts == 0);
-
     Ok(())
 }

@@ -7,9 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use host::{Host, PATIENCE, assert_runs, refused, succeeded};
+use host::{Attached, Host, PATIENCE, assert_runs, refused, succeeded};
 use secmon_lab::{Backing, Emulator, Guest, Suite, appliance_image};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn status(host: &Host) -> Value {
     let said = succeeded(&host.secmon(&["monitor", "status", "m", "--format", "json"]));
@@ -94,6 +94,16 @@ fn pause_through_the_gate(emulator: Emulator, name: &str) {
     let init = rows.as_array().and_then(|rows| rows.first());
     assert_eq!(init.map(|row| &row["pid"]), Some(&Value::from(1)), "{rows}");
     assert_runs(&guest);
+    if emulator == Emulator::Installed {
+        // Migrated away, which fails at the other end.
+        let to = json!({"uri": "exec:cat > /dev/null"});
+        let asked = guest.control().execute("migrate", &to);
+        asked.expect("QEMU migrates it");
+        wait_for(&host, "standing still (postmigrate)");
+        guest.control().resume().expect("running");
+        let said = Attached::new(&host).wait_for("was migrated away");
+        assert!(said.contains(name), "{said}");
+    }
     let status = wait_for(&host, "running; granted");
 
     // What was done and what was refused is in the log, up to the record that

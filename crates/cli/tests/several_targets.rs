@@ -5,12 +5,11 @@
 mod host;
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Stdio};
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use host::{Host, PATIENCE, assert_runs, refused, succeeded};
+use host::{Attached, Host, PATIENCE, assert_runs, refused, succeeded};
 use secmon_lab::{Backing, Guest, Suite, appliance_image};
 use secmon_monitor::protocol::CHANNELS;
 use serde_json::Value;
@@ -50,59 +49,6 @@ fn assert_lists(host: &Host, target: &str) {
         Some(&Value::from(1)),
         "{rows}"
     );
-}
-
-/// A console on the monitor, and the lines that it shows.
-struct Attached {
-    child: Child,
-    lines: Receiver<String>,
-}
-
-impl Attached {
-    fn new(host: &Host) -> Self {
-        let mut child = host
-            .command(&["monitor", "attach", "m"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("secmon");
-        let output = child.stdout.take().expect("an output");
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        Self { child, lines }
-    }
-
-    fn say(&mut self, line: &str) {
-        let input = self.child.stdin.as_mut().expect("an input");
-        writeln!(input, "{line}").expect("it listens");
-    }
-
-    /// Takes lines up to one with this in it; gives all of them.
-    fn wait_for(&self, part: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
-        let mut said = String::new();
-        while !said.contains(part) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok(line) => said = said + &line + "\n",
-                Err(error) => panic!("no {part:?}: {error}\n{said}"),
-            }
-        }
-        said
-    }
-}
-
-impl Drop for Attached {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 #[test]

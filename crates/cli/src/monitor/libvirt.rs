@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use secmon_monitor::launch::command_line::Accelerator;
+use secmon_monitor::launch::command_line::{Accelerator, memory_for};
 use secmon_monitor::launch::libvirt::{MonitorDomain, TargetRam, convert};
 use secmon_monitor::launch::run_directory::RunDirectory;
 use secmon_monitor::launch::state::TargetState;
@@ -72,19 +72,21 @@ fn of_monitor(name: &MonitorName) -> Result<String> {
             ),
             other => bail!("{target} is not watched now: {other}"),
         });
+    let targets: Vec<TargetRam> = targets.collect::<Result<_>>()?;
+    let mapped = targets.iter().map(|target| target.size).sum();
     let domain = MonitorDomain {
         name: format!("secmon-monitor-{name}"),
         domain_type: match settings.accelerator {
             Accelerator::Kvm => "kvm",
             Accelerator::Tcg => "qemu",
         },
-        memory_mib: settings.memory_mib,
+        memory_mib: memory_for(settings.memory_mib, mapped),
         kernel: settings.kernel.clone(),
         initramfs: settings.initramfs.clone(),
         kernel_arguments: settings.kernel_arguments.clone(),
         configuration: status.folder.join("configuration.json"),
         channels: RunDirectory::of(name)?.channel_sockets(),
-        targets: targets.collect::<Result<_>>()?,
+        targets,
         gates: gates::ports(&RunDirectory::of(name)?, &settings.gates),
     };
     Ok(domain.to_xml())

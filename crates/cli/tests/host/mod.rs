@@ -3,11 +3,13 @@
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use secmon_channel::{Descriptor, KeyPair, PublicKey, Stream};
@@ -203,6 +205,60 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         let _ = self.secmon(&["monitor", "down", "m"]);
+    }
+}
+
+/// A console on the monitor, and the lines that it shows.
+pub struct Attached {
+    pub child: Child,
+    lines: Receiver<String>,
+}
+
+impl Attached {
+    pub fn new(host: &Host) -> Self {
+        let mut child = host
+            .command(&["monitor", "attach", "m"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("secmon");
+        let output = child.stdout.take().expect("an output");
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { child, lines }
+    }
+
+    /// Types a line.
+    pub fn say(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut().expect("an input");
+        writeln!(input, "{line}").expect("it listens");
+    }
+
+    /// Takes lines up to one with this in it; gives all of them.
+    pub fn wait_for(&self, part: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut said = String::new();
+        while !said.contains(part) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => said = said + &line + "\n",
+                Err(error) => panic!("no {part:?}: {error}\n{said}"),
+            }
+        }
+        said
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 

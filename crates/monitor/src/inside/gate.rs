@@ -279,7 +279,7 @@ impl Way {
         };
         let migrated = is_migrated(&status.state);
         if migrated && !self.migrated {
-            let text = "QEMU sent it to another place: what is seen here is what it left behind";
+            let text = "it was migrated away, by its QEMU's word: what is seen here is what it left behind";
             tell(Severity::Information, FindingKind::TargetMigrated, text);
         }
         self.migrated = migrated;

@@ -32,6 +32,18 @@ const PORT_WINDOW_GIB: u64 = 64;
 /// port's window, however the firmware aligns it.
 pub const MAX_TARGET_RAM: u64 = (PORT_WINDOW_GIB / 2) << 30;
 
+/// How much of targets' RAM a VM of the usual size can map.
+pub const USUAL_TARGET_RAM: u64 = 4 << 30;
+
+/// The RAM of a VM, in MiB, that maps so much memory of targets: its kernel maps
+/// a device's memory by pages of 4 KiB, whose tables take a 512th of it.
+#[must_use]
+pub fn memory_for(usual_mib: u32, target_ram: u64) -> u32 {
+    let tables = target_ram.saturating_sub(USUAL_TARGET_RAM).div_ceil(512);
+    let mib = u32::try_from(tables.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+    usual_mib.saturating_add(mib)
+}
+
 /// What runs the VM's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -361,6 +373,14 @@ mod tests {
         numbers.dedup();
         assert_eq!((numbers.len(), count), (20, 20), "each once");
         assert!(numbers.iter().all(|number| (1..31).contains(number)));
+    }
+
+    #[test]
+    fn a_vm_has_room_for_the_tables_of_what_it_maps() {
+        for (gib, mib) in [(0, 128), (4, 128), (8, 136), (512, 128 + 1016)] {
+            assert_eq!(memory_for(128, gib << 30), mib);
+        }
+        assert_eq!(memory_for(128, USUAL_TARGET_RAM + 1), 129);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use secmon_channel::{KeyError, KeyPair, Peer};
 use secmon_platform::qemu::{QmpError, RamFileKind};
 use serde::{Deserialize, Serialize};
 
-use super::command_line::{Machine, guest_name, pci_address};
+use super::command_line::{Machine, USUAL_TARGET_RAM, guest_name, memory_for, pci_address};
 use super::console::Console;
 use super::gates::{self, Gates, Place};
 use super::hotplug::{Plug, PlugError};
@@ -101,6 +101,8 @@ struct Running {
     shapes: Vec<Shape>,
     /// The RAM files that its confinement lets it open.
     openable: Vec<(u64, u64)>,
+    /// How much of targets' RAM it can map.
+    room: u64,
     /// Since when it has not answered.
     silent: Option<Instant>,
 }
@@ -123,12 +125,15 @@ type Shape = Option<(u64, Option<String>)>;
 struct Made {
     shapes: Vec<Shape>,
     openable: Vec<(u64, u64)>,
+    #[serde(default)]
+    room: u64,
 }
 
 /// Why a VM has to be started anew for a target.
 enum Misfit {
     Shape,
     Confinement,
+    Memory,
 }
 
 struct Supervisor {
@@ -242,7 +247,11 @@ impl Supervisor {
                 self.state
                     .note("a new supervisor took over the running monitoring VM");
                 let made: Option<Made> = self.directory.read(files::SHAPES)?;
-                let Made { shapes, openable } = made.unwrap_or_default();
+                let Made {
+                    shapes,
+                    openable,
+                    room,
+                } = made.unwrap_or_default();
                 self.machine = Some(Running {
                     process,
                     child: None,
@@ -251,6 +260,7 @@ impl Supervisor {
                     since: Instant::now(),
                     shapes,
                     openable,
+                    room: room.max(USUAL_TARGET_RAM),
                     silent: None,
                 });
                 self.replug();
@@ -452,6 +462,9 @@ impl Supervisor {
             .iter()
             .map(|target| target.as_ref().ok().map(shape))
             .collect();
+        let running = found.iter().filter_map(|target| target.as_ref().ok());
+        let sizes = running.map(|target| device_size(target.ram.ram_size));
+        let room = sizes.fold(0, u64::saturating_add).max(USUAL_TARGET_RAM);
         self.write_configuration(&shapes)?;
         // An anonymous file lies in no folder, which is all that landlock guards.
         let named = found
@@ -463,7 +476,7 @@ impl Supervisor {
             machine: Machine {
                 name: guest_name(&self.name),
                 accelerator: self.settings.accelerator,
-                memory_mib: self.settings.memory_mib,
+                memory_mib: memory_for(self.settings.memory_mib, room),
                 kernel_arguments: self.settings.kernel_arguments.clone(),
                 target_slots: u32::try_from(self.settings.targets.len()).unwrap_or(u32::MAX),
                 gates: gates::ports(&self.directory, &self.settings.gates),
@@ -485,9 +498,12 @@ impl Supervisor {
         let made = Made {
             openable: named.map(|target| target.ram.identity).collect(),
             shapes,
+            room,
         };
         self.directory.write(files::SHAPES, &made)?;
-        let Made { shapes, openable } = made;
+        let Made {
+            shapes, openable, ..
+        } = made;
         self.directory.write(files::PLAN, &plan)?;
         let (console, qemu_end) = UnixStream::pair().map_err(SupervisorError::Start)?;
         let end = |stream: &UnixStream| {
@@ -536,6 +552,7 @@ impl Supervisor {
             since: Instant::now(),
             shapes,
             openable,
+            room,
             silent: None,
         })
     }
@@ -684,7 +701,7 @@ impl Supervisor {
                 Ok(target) if self.distrusted.contains(&target.process) => TargetState::Refused {
                     reason: DISTRUSTED.to_owned(),
                 },
-                Ok(target) => match fits(&machine, slot, &target) {
+                Ok(target) => match fits(&machine, slot, &target, self.mapped()) {
                     Ok(()) => self.plug_in(&mut machine.plug, slot, &target),
                     Err(why) => {
                         misfit = Some((slot, why));
@@ -698,6 +715,15 @@ impl Supervisor {
         if let Some((slot, why)) = misfit {
             self.start_anew(slot, &why);
         }
+    }
+
+    /// How much of targets' RAM is plugged in.
+    fn mapped(&self) -> u64 {
+        let sizes = self.state.targets.iter().map(|(_, state)| match state {
+            TargetState::Watched { ram_size, .. } => device_size(*ram_size),
+            TargetState::Absent | TargetState::Refused { .. } => 0,
+        });
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// Starts gates for targets that are there, ends those of targets that went,
@@ -745,6 +771,7 @@ impl Supervisor {
         let why = match why {
             Misfit::Shape => "has RAM of another size or layout than the monitoring VM was told",
             Misfit::Confinement => "has a RAM file that the monitoring VM's QEMU may not open",
+            Misfit::Memory => "has more RAM than the monitoring VM has memory to map",
         };
         self.state
             .note(format!("{name} {why}: the monitoring VM is started anew"));
@@ -795,7 +822,10 @@ fn fills_its_device(target: &RunningTarget) -> bool {
 }
 
 /// Whether the running VM can take the target as it is.
-fn fits(machine: &Running, slot: usize, target: &RunningTarget) -> Result<(), Misfit> {
+fn fits(machine: &Running, slot: usize, target: &RunningTarget, mapped: u64) -> Result<(), Misfit> {
+    if mapped.saturating_add(device_size(target.ram.ram_size)) > machine.room {
+        return Err(Misfit::Memory);
+    }
     match machine.shapes.get(slot).cloned().flatten() {
         Some(known) if known == shape(target) => {}
         None if fills_its_device(target) => {}
