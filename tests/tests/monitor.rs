@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,11 +14,14 @@ use secmon_guest::{Selection, TrustLevel, Value};
 use secmon_lab::{
     Backing, Emulator, Guest, MonitorVm, Suite, Workload, appliance_image, build_appliance,
 };
+use secmon_memory::VirtualAddress;
 use secmon_monitor::appliance::{Image, SIZE_LIMIT};
 use secmon_monitor::protocol::{
-    Answer, Client, FindingKind, Notice, Pause, Place, Query, TargetState,
+    Answer, Check, CheckFinding, Client, DetectorResult, FindingKind, Notice, Pause, Place, Query,
+    TargetState,
 };
 use secmon_tests::compare::{self, Truth};
+use secmon_tests::open;
 use secmon_tests::rows::TableRow;
 
 /// How long anything may take on a slow machine.
@@ -168,6 +172,7 @@ fn watch(vm: &MonitorVm, first: &Guest, second: &Guest) -> Result<()> {
 
     read_and_translate(&mut client, second.name())?;
     refusals(&mut client, second.name())?;
+    checking(&mut client, second)?;
     cancelling(&mut client, second.name())?;
 
     // What was not acknowledged comes again to the next client, what was does
@@ -239,6 +244,99 @@ fn refusals(client: &mut Client, target: &str) -> Result<()> {
         ensure!(error.to_string().contains(word), "{error}");
     }
     Ok(())
+}
+
+/// What the monitor's detectors find.
+fn check(client: &mut Client, target: &str) -> Result<(Vec<CheckFinding>, DetectorResult)> {
+    let check = Check {
+        target: target.to_owned(),
+        detectors: Some(vec!["processes".to_owned()]),
+        credit: 0,
+        pause: Pause::None,
+    };
+    let (mut findings, mut detectors) = (Vec::new(), Vec::new());
+    let end = client.check(check, &mut |answer| {
+        match answer {
+            Answer::Found(finding) => findings.push(*finding),
+            Answer::Looked(looked) => detectors = looked,
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    })?;
+    ensure!(end.error.is_none(), "{end:?}");
+    ensure!(end.sent == findings.len() as u64, "{end:?}");
+    ensure!(detectors.len() == 1, "{detectors:?}");
+    let detector = detectors.remove(0);
+    ensure!(detector.not_checked.is_none(), "{detector:?}");
+    Ok((findings, detector))
+}
+
+/// A process that is taken out of the running guest's list is found from
+/// inside the monitor, and nothing before.
+fn checking(client: &mut Client, guest: &Guest) -> Result<()> {
+    let (findings, detector) = check(client, guest.name())?;
+    ensure!(findings.is_empty(), "a false alarm: {findings:?}");
+    println!(
+        "checked in {} microseconds, {} looks",
+        detector.microseconds, detector.looks
+    );
+    let known = rows(client, guest.name(), "ps", &Selection::default())?;
+    let role = guest.truth().info()?.roles;
+    let pid = u64::try_from(*role.get("id-nobody").context("a process of nobody")?)?;
+    let is_it = |row: &&TableRow| row.get("pid") == Some(&Value::Unsigned(pid));
+    let row = known.iter().find(is_it).context("the process")?;
+    let Some(Value::Address(task)) = row.get("address") else {
+        bail!("no address: {row:?}");
+    };
+    hide(guest, VirtualAddress::new(*task))?;
+
+    let hidden = rows(client, guest.name(), "ps", &Selection::default())?;
+    ensure!(hidden.iter().all(|row| !is_it(&row)), "it is listed");
+    let (findings, detector) = check(client, guest.name())?;
+    let [finding] = findings.as_slice() else {
+        bail!("not one: {findings:?}");
+    };
+    ensure!(finding.name == "hidden_process", "{finding:?}");
+    ensure!(detector.looks >= 3, "not confirmed: {detector:?}");
+    let told = &finding.evidence.first().context("evidence")?.row;
+    for column in ["pid", "comm", "exe", "cmdline", "uid"] {
+        let value = told.iter().find(|(name, _)| name == column);
+        let value = value.map(|(_, cell)| Value::from(cell.clone()));
+        ensure!(value.as_ref() == row.get(column), "{column}: {value:?}");
+    }
+    let unknown = Check {
+        target: guest.name().to_owned(),
+        detectors: Some(vec!["colours".to_owned()]),
+        credit: 0,
+        pause: Pause::None,
+    };
+    let refused = client.check(unknown, &mut |_| ControlFlow::Continue(()));
+    ensure!(refused.is_err_and(|refusal| refusal.to_string().contains("colours")));
+    Ok(())
+}
+
+/// Takes a task out of the list of processes, in the RAM of a guest that
+/// stands still for it.
+fn hide(guest: &Guest, task: VirtualAddress) -> Result<()> {
+    let opened = open::target(&format!("qemu:{}", guest.pid()))?;
+    let space = &opened.kernel.space;
+    let types = opened.kernel.profile.types()?;
+    let node = task.wrapping_add(types.member("task_struct", "tasks")?.offset);
+    let ram = guest.ram_file().context("a RAM file")?;
+    let ram = fs::OpenOptions::new().write(true).open(ram)?;
+    let write = |place: VirtualAddress, pointer: VirtualAddress| -> Result<()> {
+        // Below 2 GiB RAM lies in the file as in memory.
+        let place = space.translate(place)?.physical.as_u64();
+        Ok(ram.write_all_at(&pointer.as_u64().to_le_bytes(), place)?)
+    };
+    guest.while_stopped(|_| {
+        let next = space.read_pointer(node)?;
+        let previous = space.read_pointer(node.wrapping_add(8))?;
+        write(previous, next)?;
+        write(next.wrapping_add(8), previous)?;
+        write(node, node)?;
+        write(node.wrapping_add(8), node)
+    })
 }
 
 /// A query whose client wants no more ends, and others go on.
