@@ -20,6 +20,8 @@ use secmon_tests::rows::{TableRow, read_table};
 const DURATION: Duration = Duration::from_secs(4);
 /// Fewer checks than this would prove little.
 const CHECKS: usize = 20;
+/// How many bits of tasks are flipped, one at a time.
+const FLIPS: usize = 300;
 /// However slow the machine is.
 const LONGEST: Duration = Duration::from_secs(120);
 
@@ -144,6 +146,7 @@ fn hide_in_image(path: &Path) -> Result<()> {
     let report = check(&image.opened.guest())?;
     clean(&report)?;
     ensure!(report.is_complete(), "{:?}", report.detectors);
+    damage(&image, path)?;
 
     // Ordinary processes of one thread, which are children of the first one.
     let is_plain = |row: &&TableRow| {
@@ -235,6 +238,69 @@ fn hide_in_image(path: &Path) -> Result<()> {
     ensure!(expected.is_empty(), "not found: {expected:?}");
     ensure!(report.findings.len() == 7, "{}", report.findings.len());
     Ok(())
+}
+
+/// Whatever bits of tasks are wrong, each look ends.
+fn damage(image: &Image, path: &Path) -> Result<()> {
+    let tasks: Vec<u64> = image
+        .threads
+        .iter()
+        .map(|row| number(row, "address"))
+        .collect::<Result<_>>()?;
+    // What the detector goes by; the second word of lists, too.
+    let mut words = Vec::new();
+    for member in [
+        "pid",
+        "exit_state",
+        "usage",
+        "signal",
+        "group_leader",
+        "real_parent",
+        "thread_pid",
+        "tasks",
+        "thread_node",
+        "children",
+        "sibling",
+        "pid_links",
+        "cgroups",
+        "cg_list",
+        "se.group_node",
+        "start_boottime",
+    ] {
+        let offset = image.offset("task_struct", member)? & !7;
+        words.extend([offset, offset + 8]);
+    }
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = |below: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % below
+    };
+    let (mut findings, mut incomplete) = (0, 0);
+    for _ in 0..FLIPS {
+        let task = tasks[next(tasks.len() as u64) as usize];
+        let word = words[next(words.len() as u64) as usize];
+        let address = VirtualAddress::new(task + word);
+        let place = image.opened.kernel.space.translate(address)?.physical;
+        let mut word = [0; 8];
+        file.read_exact_at(&mut word, place.as_u64())?;
+        let flipped = u64::from_le_bytes(word) ^ 1 << next(64);
+        file.write_all_at(&flipped.to_le_bytes(), place.as_u64())?;
+        let start = Instant::now();
+        let report = check(&image.opened.guest())?;
+        findings += report.findings.len();
+        incomplete += usize::from(!report.is_complete());
+        ensure!(
+            start.elapsed() < LONGEST,
+            "a look took {:?}",
+            start.elapsed()
+        );
+        file.write_all_at(&word, place.as_u64())?;
+    }
+    println!("{FLIPS} flips: {findings} findings, {incomplete} looks not complete");
+    clean(&check(&image.opened.guest())?)
 }
 
 fn hidden(suite: Suite, vcpus: u32) -> Result<()> {
