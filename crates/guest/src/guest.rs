@@ -8,6 +8,7 @@ use std::sync::{Arc, RwLock};
 use secmon_memory::{AddressSpace, ReadError, VirtualAddress};
 use secmon_profile::{Kernel, Member, Symbols, Types};
 
+use crate::linux::code::Sightings;
 use crate::{Diagnostics, Layout, TableError};
 
 /// A guest whose kernel has been found.
@@ -17,6 +18,7 @@ pub struct Guest {
     /// Addresses of the symbols that were asked for.
     addresses: RwLock<HashMap<&'static str, Option<VirtualAddress>>>,
     diagnostics: Diagnostics,
+    pub(crate) unowned_code: Sightings,
 }
 
 impl Guest {
@@ -29,6 +31,7 @@ impl Guest {
             layouts: RwLock::default(),
             addresses: RwLock::default(),
             diagnostics: Diagnostics::default(),
+            unowned_code: Sightings::default(),
         }
     }
 

@@ -27,7 +27,7 @@ const MOST_UNOWNED_PAGES: u64 = 1 << 14;
 /// How long a live guest has to come to own what it maps: code is mapped before
 /// it is listed, and unlisted before it is unmapped, a grace period of RCU
 /// earlier.
-const PATIENCE: Duration = Duration::from_millis(1500);
+const PATIENCE: Duration = Duration::from_millis(1000);
 /// Between two looks at what is not owned yet.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -69,7 +69,8 @@ pub struct CodeMap {
 impl CodeMap {
     /// Reads page tables and records. On a live guest what has no owner at
     /// first is looked at again until it has one, is gone, or a second has
-    /// passed.
+    /// passed; what had none for that long at an earlier reading is not waited
+    /// for again.
     ///
     /// # Errors
     /// [`TableError`] if a record's symbol or type is missing.
@@ -78,20 +79,24 @@ impl CodeMap {
         if guest.space().memory().volatility() == Volatility::Static {
             return Ok(map);
         }
-        let deadline = Instant::now() + PATIENCE;
-        while !map.unowned.is_empty() && Instant::now() < deadline {
+        let deadline = Instant::now() + 2 * PATIENCE;
+        loop {
+            let ranges: Vec<_> = map.unowned.iter().map(|code| code.range.clone()).collect();
+            // What is made or unmade just now is owned or gone at some look.
+            let times = guest.unowned_code.note(&ranges, Instant::now());
+            if times.iter().all(|time| *time >= PATIENCE) {
+                return Ok(map);
+            }
+            if Instant::now() > deadline {
+                // Code is made all the time: what stays is known all the same.
+                let mut times = times.into_iter();
+                map.unowned
+                    .retain(|_| times.next().is_some_and(|time| time >= PATIENCE));
+                return Ok(map);
+            }
             std::thread::sleep(PAUSE);
-            let again = Self::read_once(guest, table)?;
-            let mut still = again.unowned.clone();
-            // What was owned or gone at one look was just being made or
-            // unmade: only what stayed the same counts.
-            still.retain(|code| map.unowned.iter().any(|other| other.range == code.range));
-            map = Self {
-                unowned: still,
-                ..again
-            };
+            map = Self::read_once(guest, table)?;
         }
-        Ok(map)
     }
 
     fn read_once(guest: &Guest, table: &'static str) -> Result<Self, TableError> {

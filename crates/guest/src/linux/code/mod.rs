@@ -10,7 +10,9 @@ pub mod generated;
 pub mod image;
 mod map;
 mod owner;
+mod sightings;
 pub mod vmalloc;
 
 pub use map::{CodeMap, Incomplete, UnownedCode};
 pub use owner::{Claims, CodeOwner};
+pub(crate) use sightings::Sightings;
