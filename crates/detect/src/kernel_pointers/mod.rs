@@ -61,6 +61,7 @@ impl Detector for KernelPointers {
     }
 
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
+        let before = guest.diagnostics().recorded();
         let map = code::map(guest, NAME)?;
         image::look(guest, &map, findings)?;
         for callback in callbacks(guest, NAME)? {
@@ -68,7 +69,7 @@ impl Detector for KernelPointers {
                 findings(finding);
             }
         }
-        Ok(())
+        code::whole(guest, before)
     }
 }
 

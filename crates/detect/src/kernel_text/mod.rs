@@ -63,10 +63,12 @@ impl Detector for KernelText {
     }
 
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
+        let before = guest.diagnostics().recorded();
         let map = code::map(guest, NAME)?;
         rights(guest, &map, findings)?;
         sites::look(guest, &map, findings)?;
-        detour::look(guest, &map, findings)
+        detour::look(guest, &map, findings)?;
+        code::whole(guest, before)
     }
 }
 

@@ -71,6 +71,7 @@ impl Detector for Modules {
         if guest.address("modules").is_none() {
             return Err(DetectError::Missing { what: "modules" });
         }
+        let before = guest.diagnostics().recorded();
         let mut seen = Views::read(guest)?.differing();
         if guest.space().memory().volatility() == Volatility::Live {
             for _ in 1..LOOKS {
@@ -93,7 +94,7 @@ impl Detector for Modules {
         for code in map.unowned() {
             findings(unowned_code(guest, &map, code, &hidden));
         }
-        Ok(())
+        code::whole(guest, before)
     }
 }
 

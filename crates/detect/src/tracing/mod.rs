@@ -1,9 +1,12 @@
-//! The detector `tracing`: who is called by ftrace, kprobes and tracepoints.
+//! The detector `tracing`: who is called by ftrace, kprobes and tracepoints, and
+//! which BPF programs are loaded.
 //!
-//! All three have legitimate uses, which are told as information. A function
+//! All of it has legitimate uses, which are told as information. A function
 //! that is called and lies in memory of nobody is an attack; one that a module
 //! lets ftrace put in place of others is what live patching does, by a function
 //! of the kernel, and what rootkits do by one of their own.
+
+mod bpf;
 
 use secmon_guest::linux::code::{CodeMap, CodeOwner};
 use secmon_guest::linux::tracing::{FtraceOps, Kprobe, Probe, ftrace_ops_in_use, kprobes, probes};
@@ -26,14 +29,15 @@ impl Detector for Tracing {
     }
 
     fn meaning(&self) -> &'static str {
-        "Finds ftrace, kprobes and tracepoints that call code which nobody owns, and modules \
-         that put functions of their own in place of the kernel's by ftrace; tells of all other \
-         tracing as information."
+        "Finds ftrace, kprobes, tracepoints and BPF programs that run code which nobody owns, \
+         and modules that put functions of their own in place of the kernel's by ftrace; tells \
+         of all other tracing and of all BPF programs as information."
     }
 
     fn compares(&self) -> &'static str {
         "The functions of registered ftrace_ops, of kprobes and kretprobes in the hash table, \
-         and of tracepoints of the kernel and its modules, with the owners of executable memory."
+         of tracepoints of the kernel and its modules, and the code of BPF programs, with the \
+         owners of executable memory."
     }
 
     fn evaded_by(&self) -> &'static str {
@@ -41,7 +45,11 @@ impl Detector for Tracing {
     }
 
     fn techniques(&self) -> &'static [Technique] {
-        const TECHNIQUES: &[Technique] = &[Technique::ROOTKIT, Technique::new("T1056.004")];
+        const TECHNIQUES: &[Technique] = &[
+            Technique::ROOTKIT,
+            Technique::new("T1056.004"),
+            Technique::new("T1205.002"),
+        ];
         TECHNIQUES
     }
 
@@ -50,6 +58,7 @@ impl Detector for Tracing {
     }
 
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
+        let before = guest.diagnostics().recorded();
         let map = code::map(guest, NAME)?;
         let replaces = Replaces::of(guest);
         for ops in ftrace_ops_in_use(guest, NAME)? {
@@ -65,7 +74,8 @@ impl Detector for Tracing {
         for probe in probes(guest, NAME, &map.modules)? {
             findings(tracepoint(guest, &map, &probe));
         }
-        Ok(())
+        bpf::look(guest, &map, findings)?;
+        code::whole(guest, before)
     }
 }
 
