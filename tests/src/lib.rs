@@ -6,8 +6,10 @@
 
 pub mod btf;
 pub mod compare;
+pub mod detection;
 pub mod edits;
 pub mod flips;
 pub mod images;
+pub mod memory_edits;
 pub mod open;
 pub mod rows;

@@ -1,0 +1,316 @@
+//! What the detectors say of a guest that is clean, and of each specimen in
+//! it.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use secmon_detect::{Class, Confirmation, Outcome, Report, detectors};
+use secmon_guest::Guest as Watched;
+use secmon_lab::specimens::{self, Active, Edit, How, Specimen, Verdict};
+use secmon_lab::{Guest, Kernel, Suite};
+use serde::{Deserialize, Serialize};
+
+use crate::memory_edits::Edited;
+use crate::open::{self, Opened};
+
+/// Files of the kernel's tracing.
+const TRACING: &str = "/sys/kernel/tracing";
+/// What is traced: a function that hardly anything calls.
+const TRACED: &str = "__x64_sys_getpgid";
+
+/// How much is done.
+#[derive(Debug, Clone, Copy)]
+pub struct Effort {
+    /// Checks of the clean guest under each load.
+    pub clean_checks: u32,
+    /// Whether specimens that no detector is said to find are checked as
+    /// well, to learn what finds them.
+    pub look_for_unexpected: bool,
+}
+
+/// What was measured at one kernel.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// The kernel's series.
+    pub kernel: String,
+    /// Checks of the clean guest under each load.
+    pub clean: Vec<Clean>,
+    /// One for each specimen that was tried.
+    pub specimens: Vec<Tried>,
+    /// A look of each detector at the clean guest, in milliseconds.
+    pub detectors: Vec<(String, f64)>,
+    /// Detectors that could not work here, and why.
+    pub not_checked: Vec<String>,
+    /// What is not as it has to be.
+    #[serde(skip)]
+    pub complaints: Vec<String>,
+}
+
+/// The clean guest under one load.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Clean {
+    /// The load.
+    pub load: String,
+    /// How often it was checked.
+    pub checks: u32,
+    /// How many findings there were that are more than information.
+    pub alarms: u64,
+}
+
+/// One specimen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Tried {
+    /// Its name.
+    pub name: String,
+    /// What it was found as (`detector/finding`), and what a look of that
+    /// detector took in milliseconds.
+    pub found: Option<(String, f64)>,
+    /// What else was found, `detector/finding`.
+    pub besides: Vec<String>,
+}
+
+/// Boots a guest of the suite and tries everything.
+///
+/// # Errors
+/// If the guest does not boot, can't be opened, or a specimen does not do what
+/// it says. What detectors do not find, or find where nothing is, is among the
+/// complaints.
+pub fn measure(suite: Suite, effort: Effort) -> Result<Measured> {
+    let kernel = Kernel::fetch(suite)?;
+    let mut builder = Guest::builder(suite).kernel(kernel.clone()).vcpus(1);
+    if Specimen::of(suite).any(Specimen::needs_modules) {
+        builder = builder.specimens(specimens::modules(suite, &kernel)?);
+    }
+    let lab = builder.boot()?;
+    let opened = open::target(&format!("qemu:{}", lab.pid()))?;
+    let mut bench = Bench {
+        lab: &lab,
+        effort,
+        measured: Measured {
+            kernel: suite.series().to_owned(),
+            clean: Vec::new(),
+            specimens: Vec::new(),
+            detectors: Vec::new(),
+            not_checked: Vec::new(),
+            complaints: Vec::new(),
+        },
+    };
+    bench.clean(&opened)?;
+    for specimen in Specimen::of(suite) {
+        if !matches!(specimen.how, How::MemoryEdit(_)) {
+            bench
+                .try_one(&opened, specimen)
+                .with_context(|| format!("{suite}, the specimen {}", specimen.name))?;
+        }
+    }
+    bench.try_edits(suite)?;
+    Ok(bench.measured)
+}
+
+/// Whether a detector is there that is said to find the specimen.
+#[must_use]
+pub fn has_detector(specimen: &Specimen) -> bool {
+    specimen.expected.finding.is_some()
+        && secmon_detect::detector(specimen.expected.detector).is_some()
+}
+
+fn check(guest: &Watched) -> Report {
+    secmon_detect::check(guest, detectors(), Confirmation::default())
+}
+
+/// `detector/finding` of each finding, once.
+fn names(report: &Report, only_alarms: bool) -> BTreeSet<String> {
+    let findings = report.findings.iter();
+    let counted = findings.filter(|finding| !only_alarms || finding.class.is_alarm());
+    counted
+        .map(|finding| format!("{}/{}", finding.detector, finding.name))
+        .collect()
+}
+
+struct Bench<'a> {
+    lab: &'a Guest,
+    effort: Effort,
+    measured: Measured,
+}
+
+impl Bench<'_> {
+    fn clean(&mut self, opened: &Opened) -> Result<()> {
+        let first = check(&opened.guest());
+        for detector in &first.detectors {
+            let time = detector.time / detector.looks.max(1);
+            let name = detector.detector.to_owned();
+            self.measured.detectors.push((name, milliseconds(time)));
+            if let Outcome::NotChecked(why) = &detector.outcome {
+                let text = format!("{}: {why}", detector.detector);
+                self.measured.not_checked.push(text);
+            }
+        }
+        let truth = self.lab.truth();
+        self.load("idle", opened)?;
+        truth.resume_busy()?;
+        self.load("processes, threads, files and sockets come and go", opened)?;
+        truth.pause_busy()?;
+        if truth.exists("/lib/specimens")? {
+            truth.start_role("module-loop")?;
+            self.load("a module is loaded and unloaded", opened)?;
+            truth.stop_role("module-loop")?;
+            // It may have ended between the two.
+            let _ = truth.unload_module("resident");
+        }
+        let write = |file: &str, text: &str| truth.write_file(&format!("{TRACING}/{file}"), text);
+        write("set_ftrace_filter", TRACED)?;
+        write("current_tracer", "function")?;
+        self.load("ftrace traces a function", opened)?;
+        write("current_tracer", "nop")?;
+        write("kprobe_events", &format!("p:lab/lab_probe {TRACED}"))?;
+        write("events/lab/lab_probe/enable", "1")?;
+        self.load("a kprobe is set through tracefs", opened)?;
+        write("events/lab/lab_probe/enable", "0")?;
+        write("kprobe_events", "-:lab/lab_probe")?;
+        truth.start_role("filter-program")?;
+        self.load("an eBPF program filters a socket", opened)?;
+        truth.stop_role("filter-program")
+    }
+
+    fn load(&mut self, load: &str, opened: &Opened) -> Result<()> {
+        let mut alarms = 0;
+        for _ in 0..self.effort.clean_checks {
+            let report = check(&opened.guest());
+            let found = report.findings.iter().filter(|one| one.class.is_alarm());
+            for finding in found {
+                alarms += 1;
+                self.complain(format!("clean guest, {load}: {finding:?}"));
+            }
+        }
+        self.measured.clean.push(Clean {
+            load: load.to_owned(),
+            checks: self.effort.clean_checks,
+            alarms,
+        });
+        Ok(())
+    }
+
+    /// Notes what is wrong, not without end.
+    fn complain(&mut self, text: String) {
+        const MOST: usize = 40;
+        if self.measured.complaints.len() < MOST {
+            let start: String = text.chars().take(1500).collect();
+            self.measured.complaints.push(start);
+        }
+    }
+
+    fn try_one(&mut self, opened: &Opened, specimen: &Specimen) -> Result<()> {
+        let mut active = Active::start(self.lab, specimen)?;
+        active.check_shown(true)?;
+        if self.is_checked(specimen) {
+            self.judge(specimen, &check(&opened.guest()));
+        }
+        active.take_back()?;
+        if matches!(specimen.how, How::Module(_)) {
+            active.check_shown(false)?;
+        }
+        active.end()?;
+        self.silent_after(&opened.guest(), specimen);
+        Ok(())
+    }
+
+    fn is_checked(&self, specimen: &Specimen) -> bool {
+        has_detector(specimen) || (self.effort.look_for_unexpected && !detectors().is_empty())
+    }
+
+    fn silent_after(&mut self, guest: &Watched, specimen: &Specimen) {
+        if !self.is_checked(specimen) {
+            return;
+        }
+        for name in names(&check(guest), true) {
+            self.complain(format!("{name} stays after {}", specimen.name));
+        }
+    }
+
+    fn judge(&mut self, specimen: &Specimen, report: &Report) {
+        let expected = &specimen.expected;
+        let mut besides = names(report, false);
+        let mut found = None;
+        if has_detector(specimen)
+            && let Some(name) = expected.finding
+        {
+            let full = format!("{}/{name}", expected.detector);
+            besides.remove(&full);
+            let fits = |class: Class| class.is_alarm() == (expected.verdict == Verdict::Alarm);
+            let mut findings = report.findings.iter();
+            let hit = findings.any(|finding| {
+                finding.detector == expected.detector && finding.name == name && fits(finding.class)
+            });
+            if hit {
+                let mut reports = report.detectors.iter();
+                let time = reports.find(|one| one.detector == expected.detector);
+                let time = time.map(|one| milliseconds(one.time / one.looks.max(1)));
+                found = Some((full, time.unwrap_or_default()));
+            } else {
+                self.complain(format!(
+                    "{} is not found as {full}; found: {besides:?}",
+                    specimen.name
+                ));
+            }
+        }
+        if expected.verdict == Verdict::Information {
+            for name in names(report, true) {
+                self.complain(format!("{} is no reason for {name}", specimen.name));
+            }
+        }
+        self.measured.specimens.push(Tried {
+            name: specimen.name.to_owned(),
+            found,
+            besides: besides.into_iter().collect(),
+        });
+    }
+
+    /// All edits, while the guest stands still: it never sees one.
+    fn try_edits(&mut self, suite: Suite) -> Result<()> {
+        let edits: Vec<(&Specimen, Edit)> = Specimen::of(suite)
+            .filter_map(|specimen| match specimen.how {
+                How::MemoryEdit(edit) => Some((specimen, edit)),
+                _ => None,
+            })
+            .collect();
+        if edits.is_empty() {
+            return Ok(());
+        }
+        let threads = self.lab.truth().start_role("ordinary")?;
+        let pid = *threads.first().context("a process")?;
+        let ram = self.lab.ram_file().context("a RAM file")?;
+        let lab = self.lab;
+        lab.while_stopped(|_| {
+            let opened = open::image(&ram)?;
+            for (specimen, edit) in edits {
+                self.try_edit(&opened, &ram, specimen, edit, pid)
+                    .with_context(|| format!("{suite}, the edit {}", specimen.name))?;
+            }
+            Ok(())
+        })?;
+        self.lab.truth().stop_role("ordinary")
+    }
+
+    fn try_edit(
+        &mut self,
+        opened: &Opened,
+        ram: &Path,
+        specimen: &Specimen,
+        edit: Edit,
+        pid: i32,
+    ) -> Result<()> {
+        let edited = Edited::make(opened, ram, edit, pid)?;
+        if self.is_checked(specimen) {
+            self.judge(specimen, &check(&opened.guest()));
+        }
+        drop(edited);
+        self.silent_after(&opened.guest(), specimen);
+        Ok(())
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e5).round() / 100.0
+}
