@@ -74,6 +74,22 @@ pub fn costs() -> Result<()> {
     ]))
 }
 
+/// Measures what the detectors find of specimens and of clean guests, and
+/// writes `docs/detection.md`.
+///
+/// # Errors
+/// If a guest does not start, or a detector misses a specimen or finds
+/// something in a clean guest.
+pub fn detection(checks: u32) -> Result<()> {
+    prerequisites::for_guests()?;
+    let measured = run(cargo()
+        .args(["run", "--release", "--package", "secmon-tests"])
+        .args(["--bin", "detection", "--", "measure"])
+        .arg(checks.to_string()));
+    docs::run(false)?;
+    measured
+}
+
 fn bench_with(arguments: &[&str], criterion: &[&str]) -> Result<()> {
     run(cargo().args(["build", "--release", "--package", "secmon"]))?;
     run(cargo()

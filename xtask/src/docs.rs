@@ -7,19 +7,33 @@ use anyhow::{Context, Result, bail};
 
 use crate::run::{cargo, output, root};
 
-/// A document and the words of `secmon` that print it.
-const GENERATED: &[(&str, &[&str])] = &[("docs/tables.md", &["tables", "--format", "markdown"])];
+/// A document, the words of `cargo run` that choose a program, and the
+/// program's own that print it.
+const GENERATED: &[(&str, &[&str], &[&str])] = &[
+    (
+        "docs/tables.md",
+        &["--package", "secmon"],
+        &["tables", "--format", "markdown"],
+    ),
+    (
+        "docs/detection.md",
+        &["--package", "secmon-tests", "--bin", "detection"],
+        &["print"],
+    ),
+];
 
 /// Writes them, or only compares.
 ///
 /// # Errors
 /// With `check`: names each document that is not up to date.
 pub fn run(check: bool) -> Result<()> {
-    for (file, words) in GENERATED {
+    for (file, program, words) in GENERATED {
         let path = root().join(file);
         let text = output(
             cargo()
-                .args(["run", "--quiet", "--package", "secmon", "--"])
+                .args(["run", "--quiet"])
+                .args(program.iter())
+                .arg("--")
                 .args(words.iter()),
         )?;
         if !check {

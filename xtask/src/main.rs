@@ -41,6 +41,12 @@ enum Task {
     Bench,
     /// Measure what a monitoring VM costs its target and its host, and write docs/costs.md
     Costs,
+    /// Try the detectors on every specimen and on clean guests, and write docs/detection.md
+    Detection {
+        /// Checks of each clean guest under each load
+        #[arg(long, default_value_t = 1000)]
+        checks: u32,
+    },
     /// Compare with volatility3, drgn and memflow on one image, and write docs/peers.md
     Peers,
     /// Build the static program of the monitoring VM and, with it, the VM's image
@@ -67,6 +73,7 @@ fn main() -> Result<()> {
         Task::Fuzz { seconds, target } => fuzz::run_targets(seconds, target.as_deref()),
         Task::Bench => check::bench(),
         Task::Costs => check::costs(),
+        Task::Detection { checks } => check::detection(checks),
         Task::Peers => peers::compare(),
         Task::Appliance { output, arguments } => appliance::build(&output, &arguments),
         Task::Docs { check } => docs::run(check),

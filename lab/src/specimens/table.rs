@@ -8,6 +8,15 @@ const MODULES: &[Suite] = &[Suite::Bookworm, Suite::Trixie];
 /// The kernels for which memory is edited instead.
 const EDITED: &[Suite] = &[Suite::Bullseye, Suite::Sid];
 
+/// Found as an attack or a suspicion.
+const fn found(detector: &'static str, finding: &'static str) -> Expected {
+    Expected {
+        detector,
+        finding: Some(finding),
+        verdict: Verdict::Alarm,
+    }
+}
+
 /// Not found by any detector yet; by which it is to be.
 const fn open(detector: &'static str) -> Expected {
     Expected {
@@ -99,7 +108,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "takes a process out of the list of tasks",
         loaded("process_unlinked", ORDINARY),
-        open("processes"),
+        found("processes", "hidden_process"),
         Shown::NoTask,
     ),
     module(
@@ -107,7 +116,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "takes a process's number out of the map of numbers, and so the process out of /proc",
         loaded("process_without_pid", ORDINARY),
-        open("processes"),
+        found("processes", "hidden_process"),
         Shown::NoProcess,
     ),
     module(
@@ -116,7 +125,7 @@ pub const ALL: &[Specimen] = &[
         "takes a process out of the list of tasks, the map of numbers, its parent's children and \
          its cgroup's members",
         loaded("process_in_no_list", ORDINARY),
-        open("processes"),
+        found("processes", "hidden_process"),
         Shown::NeitherProcessNorTask,
     ),
     module(
@@ -124,7 +133,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "takes a thread out of its process's list of threads",
         loaded("thread_unlinked", &[Need::Thread("threaded")]),
-        open("processes"),
+        found("processes", "hidden_thread"),
         Shown::NoThread,
     ),
     edit(
@@ -132,7 +141,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "takes a process out of the list of tasks",
         Edit::UnlinkTask,
-        open("processes"),
+        found("processes", "hidden_process"),
     ),
     // Modules and code.
     module(

@@ -107,7 +107,19 @@ impl Specimens {
         let pid = self.roles.remove(role);
         let pid = pid.ok_or_else(|| io::Error::other(format!("{role} does not run")))?;
         sys::kill(-pid, libc::SIGKILL)?;
-        sys::wait_for(pid, 0).map(drop)
+        // Whoever is in the group becomes ours once its parent is gone. One
+        // that is in the middle of a system call ends it first.
+        let start = Instant::now();
+        loop {
+            while sys::reap_one() {}
+            if sys::kill(-pid, 0).is_err() {
+                return Ok(());
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(io::Error::other(format!("{role} does not end")));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 

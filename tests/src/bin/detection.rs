@@ -1,0 +1,68 @@
+//! Measures what the detectors find of each specimen and of clean guests, and
+//! writes or prints `docs/detection.md`.
+//!
+//! `detection measure CHECKS` boots a guest a kernel, checks each clean one
+//! CHECKS times under each load, tries all specimens and stores what was
+//! measured in `docs/detection.json`. `detection print` prints the document
+//! from that file and from what the detectors and the specimens say of
+//! themselves, and measures nothing.
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use secmon_lab::Suite;
+use secmon_tests::detection::{Effort, Measured, measure};
+use secmon_tests::document;
+
+fn stored() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/detection.json")
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["print"] => {
+            let path = stored();
+            let text = fs::read(&path).with_context(|| path.display().to_string())?;
+            let measured: Vec<Measured> = serde_json::from_slice(&text)?;
+            print!("{}", document::text(&measured));
+            Ok(())
+        }
+        ["measure", checks] => run(checks.parse().context("CHECKS is a number")?),
+        _ => bail!("usage: detection print | detection measure CHECKS"),
+    }
+}
+
+fn run(clean_checks: u32) -> Result<()> {
+    let effort = Effort {
+        clean_checks,
+        look_for_unexpected: true,
+    };
+    let mut all = Vec::new();
+    let mut complaints = Vec::new();
+    for suite in Suite::ALL {
+        let measured = measure(suite, effort)?;
+        for tried in &measured.specimens {
+            println!("{suite}: {tried:?}");
+        }
+        println!("{suite}: {:?}", measured.detectors);
+        println!("{suite}: not checked: {:?}", measured.not_checked);
+        for complaint in &measured.complaints {
+            println!("{suite}: WRONG: {complaint}");
+            complaints.push(complaint.clone());
+        }
+        all.push(measured);
+    }
+    let mut text = serde_json::to_string_pretty(&all)?;
+    text.push('\n');
+    fs::write(stored(), text)?;
+    ensure!(
+        complaints.is_empty(),
+        "{} things are not as they have to be",
+        complaints.len()
+    );
+    Ok(())
+}

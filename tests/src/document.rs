@@ -1,0 +1,196 @@
+//! `docs/detection.md`: what each detector says of itself, and what was
+//! measured with the specimens.
+
+use std::fmt::Write as _;
+
+use secmon_detect::{Technique, detectors};
+use secmon_lab::Suite;
+use secmon_lab::specimens::{ALL, How, Specimen, Verdict};
+
+use crate::detection::{Measured, Tried};
+
+/// The document.
+#[must_use]
+pub fn text(measured: &[Measured]) -> String {
+    let mut text = String::from(
+        "# Detection\n\n\
+         Generated from the detectors, from the specimens and from what `cargo xtask detection` \
+         measured last; do not edit. A finding is an *attack* (no sound guest looks like this), \
+         a *suspicion* (seldom innocent) or *information* (legitimate use that one may want to \
+         know of); the first two are alarms. On a running guest a finding is reported only after \
+         several looks agree on it.\n\n## Detectors\n",
+    );
+    for detector in detectors() {
+        let techniques: Vec<_> = detector.techniques().iter().copied().map(link).collect();
+        let _ = write!(
+            text,
+            "\n### {}\n\n{}\n\n- Compares: {}\n- Evaded by: {}\n- Cost: {}\n- Techniques: {}\n",
+            detector.name(),
+            detector.meaning(),
+            detector.compares(),
+            detector.evaded_by(),
+            detector.cost(),
+            techniques.join(", "),
+        );
+    }
+    costs(&mut text, measured);
+    clean(&mut text, measured);
+    specimens(&mut text, measured);
+    text
+}
+
+fn link(technique: Technique) -> String {
+    link_of(technique.id())
+}
+
+/// Sub-techniques have a folder of their own: `T1547/006`.
+fn link_of(id: &str) -> String {
+    let path = id.replace('.', "/");
+    format!("[{id}](https://attack.mitre.org/techniques/{path}/)")
+}
+
+fn heading(text: &mut String, first: &str) {
+    let _ = write!(text, "| {first} |");
+    for suite in Suite::ALL {
+        let _ = write!(text, " {suite} |");
+    }
+    text.push_str("\n|---|");
+    text.push_str(&"---|".repeat(Suite::ALL.len()));
+    text.push('\n');
+}
+
+fn of(measured: &[Measured], suite: Suite) -> Option<&Measured> {
+    measured.iter().find(|one| one.kernel == suite.series())
+}
+
+fn costs(text: &mut String, measured: &[Measured]) {
+    text.push_str(
+        "\n## A look at a small guest\n\nMilliseconds of one look of each detector at a running \
+         guest of about 70 tasks, by kernel; \"–\" where it can't work.\n\n",
+    );
+    heading(text, "detector");
+    for detector in detectors() {
+        let _ = write!(text, "| {} |", detector.name());
+        for suite in Suite::ALL {
+            let time = of(measured, suite).and_then(|measured| {
+                let mut times = measured.detectors.iter();
+                let start = format!("{}:", detector.name());
+                let works = !measured
+                    .not_checked
+                    .iter()
+                    .any(|text| text.starts_with(&start));
+                times
+                    .find(|(name, _)| works && name == detector.name())
+                    .map(|(_, time)| *time)
+            });
+            let _ = match time {
+                Some(time) => write!(text, " {time:.2} |"),
+                None => write!(text, " – |"),
+            };
+        }
+        text.push('\n');
+    }
+    for measured in measured {
+        for reason in &measured.not_checked {
+            let _ = write!(text, "\nNot checked at {}: {reason}.\n", measured.kernel);
+        }
+    }
+}
+
+fn clean(text: &mut String, measured: &[Measured]) {
+    text.push_str(
+        "\n## Clean guests\n\nAlarms in so many checks of a guest that has nothing to hide, all \
+         detectors each time.\n\n",
+    );
+    heading(text, "load");
+    let mut loads: Vec<&str> = Vec::new();
+    for clean in measured.iter().flat_map(|measured| &measured.clean) {
+        if !loads.contains(&clean.load.as_str()) {
+            loads.push(&clean.load);
+        }
+    }
+    for load in loads {
+        let _ = write!(text, "| {load} |");
+        for suite in Suite::ALL {
+            let clean = of(measured, suite)
+                .and_then(|measured| measured.clean.iter().find(|clean| clean.load == load));
+            let _ = match clean {
+                Some(clean) => write!(text, " {} in {} |", clean.alarms, clean.checks),
+                None => write!(text, " – |"),
+            };
+        }
+        text.push('\n');
+    }
+}
+
+fn specimens(text: &mut String, measured: &[Measured]) {
+    text.push_str(
+        "\n## Specimens\n\nWhat each specimen is found as, and the milliseconds of one look of that \
+         detector. A specimen marked *information* is legitimate, and is found as such or left \
+         alone. \"Not yet\": no detector is there yet that is meant to find it. \"–\": it is not \
+         made for that kernel.\n\n",
+    );
+    heading(text, "specimen (technique): what it does, and how");
+    let mut done: Vec<&str> = Vec::new();
+    for specimen in ALL {
+        if done.contains(&specimen.name) {
+            continue;
+        }
+        done.push(specimen.name);
+        let information = match specimen.expected.verdict {
+            Verdict::Alarm => "",
+            Verdict::Information => ", *information*",
+        };
+        let _ = write!(
+            text,
+            "| {} ({}){information}: {}; {} |",
+            specimen.name,
+            link_of(specimen.technique),
+            specimen.does,
+            ways(specimen.name)
+        );
+        for suite in Suite::ALL {
+            let there = Specimen::of(suite).find(|one| one.name == specimen.name);
+            let tried = of(measured, suite).and_then(|measured| {
+                let mut tried = measured.specimens.iter();
+                tried.find(|tried| tried.name == specimen.name)
+            });
+            let _ = write!(text, " {} |", there.map_or("–".into(), |_| cell(tried)));
+        }
+        text.push('\n');
+    }
+}
+
+fn cell(tried: Option<&Tried>) -> String {
+    let mut parts = Vec::new();
+    if let Some((found, time)) = tried.and_then(|tried| tried.found.as_ref()) {
+        parts.push(format!("{found} {time:.2}"));
+    }
+    // Found under a name that nobody promised.
+    for besides in tried.into_iter().flat_map(|tried| &tried.besides) {
+        parts.push(format!("({besides})"));
+    }
+    if parts.is_empty() {
+        "not yet".to_owned()
+    } else {
+        parts.join(", ")
+    }
+}
+
+/// How a specimen is made, on one kernel and another.
+fn ways(name: &str) -> String {
+    let mut ways: Vec<&str> = Vec::new();
+    for specimen in ALL.iter().filter(|one| one.name == name) {
+        let way = match specimen.how {
+            How::Module(_) => "a module",
+            How::HiddenModule(_) => "a hidden module",
+            How::Program(_) => "a program",
+            How::Setting { .. } => "a setting",
+            How::MemoryEdit(_) => "an edit of memory",
+        };
+        if !ways.contains(&way) {
+            ways.push(way);
+        }
+    }
+    ways.join(" or ")
+}
