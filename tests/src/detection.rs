@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use secmon_detect::{Class, Confirmation, Outcome, Report, detectors};
+use secmon_detect::{Class, Confirmation, Detector, Outcome, Report, detectors};
 use secmon_guest::Guest as Watched;
 use secmon_lab::specimens::{self, Active, Edit, How, Specimen, Verdict};
 use secmon_lab::{Guest, Kernel, Suite};
@@ -25,8 +25,8 @@ const TRACED: &str = "__x64_sys_getpgid";
 pub struct Effort {
     /// Checks of the clean guest under each load.
     pub clean_checks: u32,
-    /// Whether specimens that no detector is said to find are checked as
-    /// well, to learn what finds them.
+    /// Whether all detectors look at each specimen, to learn what else finds
+    /// it, or only the one that is said to.
     pub look_for_unexpected: bool,
 }
 
@@ -116,8 +116,8 @@ pub fn has_detector(specimen: &Specimen) -> bool {
         && secmon_detect::detector(specimen.expected.detector).is_some()
 }
 
-fn check(guest: &Watched) -> Report {
-    secmon_detect::check(guest, detectors(), Confirmation::default())
+fn check(guest: &Watched, detectors: &[&'static dyn Detector]) -> Report {
+    secmon_detect::check(guest, detectors, Confirmation::default())
 }
 
 /// `detector/finding` of each finding, once.
@@ -137,7 +137,7 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn clean(&mut self, opened: &Opened) -> Result<()> {
-        let first = check(&opened.guest());
+        let first = check(&opened.guest(), detectors());
         for detector in &first.detectors {
             let time = detector.time / detector.looks.max(1);
             let name = detector.detector.to_owned();
@@ -177,7 +177,7 @@ impl Bench<'_> {
     fn load(&mut self, load: &str, opened: &Opened) -> Result<()> {
         let mut alarms = 0;
         for _ in 0..self.effort.clean_checks {
-            let report = check(&opened.guest());
+            let report = check(&opened.guest(), detectors());
             let found = report.findings.iter().filter(|one| one.class.is_alarm());
             for finding in found {
                 alarms += 1;
@@ -204,8 +204,9 @@ impl Bench<'_> {
     fn try_one(&mut self, opened: &Opened, specimen: &Specimen) -> Result<()> {
         let mut active = Active::start(self.lab, specimen)?;
         active.check_shown(true)?;
-        if self.is_checked(specimen) {
-            self.judge(specimen, &check(&opened.guest()));
+        let looking = self.looking(specimen);
+        if !looking.is_empty() {
+            self.judge(specimen, &check(&opened.guest(), &looking));
         }
         active.take_back()?;
         if matches!(specimen.how, How::Module(_)) {
@@ -216,15 +217,20 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn is_checked(&self, specimen: &Specimen) -> bool {
-        has_detector(specimen) || (self.effort.look_for_unexpected && !detectors().is_empty())
+    /// The detectors that look at a specimen.
+    fn looking(&self, specimen: &Specimen) -> Vec<&'static dyn Detector> {
+        if self.effort.look_for_unexpected {
+            return detectors().to_vec();
+        }
+        let expected = secmon_detect::detector(specimen.expected.detector);
+        expected
+            .filter(|_| has_detector(specimen))
+            .into_iter()
+            .collect()
     }
 
     fn silent_after(&mut self, guest: &Watched, specimen: &Specimen) {
-        if !self.is_checked(specimen) {
-            return;
-        }
-        for name in names(&check(guest), true) {
+        for name in names(&check(guest, &self.looking(specimen)), true) {
             self.complain(format!("{name} stays after {}", specimen.name));
         }
     }
@@ -302,8 +308,9 @@ impl Bench<'_> {
         pid: i32,
     ) -> Result<()> {
         let edited = Edited::make(opened, ram, edit, pid)?;
-        if self.is_checked(specimen) {
-            self.judge(specimen, &check(&opened.guest()));
+        let looking = self.looking(specimen);
+        if !looking.is_empty() {
+            self.judge(specimen, &check(&opened.guest(), &looking));
         }
         drop(edited);
         self.silent_after(&opened.guest(), specimen);

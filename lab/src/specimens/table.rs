@@ -17,6 +17,14 @@ const fn found(detector: &'static str, finding: &'static str) -> Expected {
     }
 }
 
+/// As [`found`], for what is legitimate.
+const fn found_information(detector: &'static str, finding: &'static str) -> Expected {
+    Expected {
+        verdict: Verdict::Information,
+        ..found(detector, finding)
+    }
+}
+
 /// Not found by any detector yet; by which it is to be.
 const fn open(detector: &'static str) -> Expected {
     Expected {
@@ -149,7 +157,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "takes a module out of the list of modules",
         loaded("module_unlinked", &[Need::Resident]),
-        open("modules"),
+        found("modules", "hidden_module"),
         Shown::NoModule,
     ),
     module(
@@ -157,7 +165,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "takes a module out of /sys/module",
         loaded("module_without_sysfs", &[Need::Resident]),
-        open("modules"),
+        found("modules", "partly_hidden_module"),
         Shown::NoModuleFolder,
     ),
     module(
@@ -165,7 +173,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "runs a kernel thread in executable memory that belongs to no module",
         loaded("code_without_module", &[]),
-        open("modules"),
+        found("modules", "unowned_code"),
         Shown::KernelThread("specimen-code"),
     ),
     module(
@@ -173,7 +181,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "runs a kernel thread in the code of a hidden module",
         hidden("kernel_thread"),
-        open("modules"),
+        found("modules", "hidden_module"),
         Shown::NoModule,
     ),
     edit(
@@ -181,14 +189,14 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "takes a module out of the list of modules",
         Edit::UnlinkModule,
-        open("modules"),
+        found("modules", "hidden_module"),
     ),
     edit(
         "module-object-unlinked",
         "T1014",
         "takes a module's object out of the set that /sys/module shows",
         Edit::UnlinkModuleObject,
-        open("modules"),
+        found("modules", "partly_hidden_module"),
     ),
     // System calls and interrupts.
     module(
@@ -196,7 +204,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "replaces an entry of the table of system calls",
         loaded("system_call_entry", &[Need::Symbol("sys_call_table")]),
-        open("system_calls"),
+        found("system_calls", "system_call_entry"),
         Shown::Stands,
     ),
     module(
@@ -210,7 +218,7 @@ pub const ALL: &[Specimen] = &[
                 Need::Symbol("__x64_sys_getpgid"),
             ],
         ),
-        open("system_calls"),
+        found("system_calls", "system_call_dispatch"),
         Shown::Stands,
     ),
     module(
@@ -218,7 +226,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "leads a gate of the interrupt descriptor table elsewhere",
         loaded("interrupt_gate", &[Need::Symbol("idt_table")]),
-        open("interrupts"),
+        found("interrupts", "interrupt_gate"),
         Shown::Stands,
     ),
     edit(
@@ -226,14 +234,14 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "replaces an entry of the table of system calls",
         Edit::SystemCallEntry,
-        open("system_calls"),
+        found("system_calls", "system_call_entry"),
     ),
     edit(
         "interrupt-gate",
         "T1014",
         "leads a gate of the interrupt descriptor table elsewhere",
         Edit::InterruptGate,
-        open("interrupts"),
+        found("interrupts", "interrupt_gate"),
     ),
     // Kernel code.
     module(
@@ -241,7 +249,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "writes a jump over the empty instruction at the start of a kernel function",
         loaded("function_detour", &[Need::Symbol("__x64_sys_getpgid")]),
-        open("kernel_text"),
+        found("kernel_text", "code_detour"),
         Shown::Stands,
     ),
     edit(
@@ -249,7 +257,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "writes a jump over the start of a kernel function",
         Edit::Jump("__x64_sys_getpgid"),
-        open("kernel_text"),
+        found("kernel_text", "code_detour"),
     ),
     edit(
         "code-bit",
@@ -264,7 +272,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "replaces the function that lists /proc",
         loaded("proc_listing", &[Need::Symbol("proc_root_operations")]),
-        open("kernel_pointers"),
+        found("kernel_pointers", "constant_into_module"),
         Shown::Stands,
     ),
     module(
@@ -272,7 +280,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "replaces the function that shows a line of /proc/net/tcp",
         loaded("tcp_listing", &[Need::Symbol("tcp4_seq_ops")]),
-        open("kernel_pointers"),
+        found("kernel_pointers", "constant_into_module"),
         Shown::Stands,
     ),
     module(
@@ -302,7 +310,7 @@ pub const ALL: &[Specimen] = &[
         "T1205",
         "sees incoming packets by a netfilter hook of a hidden module",
         hidden("netfilter_hook"),
-        open("kernel_pointers"),
+        found("kernel_pointers", "callback_to_foreign_code"),
         Shown::NoModule,
     ),
     module(
@@ -310,7 +318,7 @@ pub const ALL: &[Specimen] = &[
         "T1040",
         "is handed every packet by a handler of a hidden module",
         hidden("packet_handler"),
-        open("kernel_pointers"),
+        found("modules", "hidden_module"),
         Shown::NoModule,
     ),
     module(
@@ -318,7 +326,7 @@ pub const ALL: &[Specimen] = &[
         "T1056.001",
         "is told of keys by a notifier of a hidden module",
         hidden("keyboard_notifier"),
-        open("kernel_pointers"),
+        found("kernel_pointers", "callback_to_foreign_code"),
         Shown::NoModule,
     ),
     module(
@@ -326,7 +334,7 @@ pub const ALL: &[Specimen] = &[
         "T1547.006",
         "is told of the system's end by a notifier of a hidden module",
         hidden("reboot_notifier"),
-        open("kernel_pointers"),
+        found("kernel_pointers", "callback_to_foreign_code"),
         Shown::NoModule,
     ),
     module(
@@ -334,7 +342,7 @@ pub const ALL: &[Specimen] = &[
         "T1546",
         "is asked about every program by a format of a hidden module",
         hidden("binary_format"),
-        open("kernel_pointers"),
+        found("kernel_pointers", "callback_to_foreign_code"),
         Shown::NoModule,
     ),
     module(
@@ -342,7 +350,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "has a timer in a hidden module",
         hidden("timer"),
-        open("kernel_pointers"),
+        found("modules", "hidden_module"),
         Shown::NoModule,
     ),
     edit(
@@ -354,7 +362,7 @@ pub const ALL: &[Specimen] = &[
             structure: "file_operations",
             member: "iterate_shared",
         },
-        open("kernel_pointers"),
+        found("kernel_pointers", "constant_into_module"),
     ),
     edit(
         "tcp-listing",
@@ -365,7 +373,7 @@ pub const ALL: &[Specimen] = &[
             structure: "seq_operations",
             member: "show",
         },
-        open("kernel_pointers"),
+        found("kernel_pointers", "constant_into_module"),
     ),
     edit(
         "tcp-operation",
@@ -384,7 +392,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "has ftrace call a module at the start of a function",
         loaded("ftrace_hook", &[]),
-        open_information("tracing"),
+        found_information("tracing", "ftrace_in_use"),
         Shown::Stands,
     ),
     module(
@@ -392,7 +400,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "has ftrace call a hidden module at the start of a function",
         hidden("ftrace_hook"),
-        open("tracing"),
+        found("tracing", "ftrace_to_foreign_code"),
         Shown::NoModule,
     ),
     module(
@@ -400,7 +408,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "sets a kprobe of a module",
         loaded("kprobe_hook", &[]),
-        open_information("tracing"),
+        found_information("tracing", "kprobe_in_use"),
         Shown::Stands,
     ),
     module(
@@ -408,7 +416,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "sets a kprobe of a hidden module",
         hidden("kprobe_hook"),
-        open("tracing"),
+        found("tracing", "kprobe_to_foreign_code"),
         Shown::NoModule,
     ),
     module(
@@ -416,7 +424,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "attaches a module to a tracepoint",
         loaded("tracepoint_hook", &[]),
-        open_information("tracing"),
+        found_information("tracing", "tracepoint_in_use"),
         Shown::Stands,
     ),
     module(
@@ -424,7 +432,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "attaches a hidden module to a tracepoint",
         hidden("tracepoint_hook"),
-        open("tracing"),
+        found("tracing", "tracepoint_to_foreign_code"),
         Shown::NoModule,
     ),
     program(
@@ -439,7 +447,7 @@ pub const ALL: &[Specimen] = &[
         "T1068",
         "lets a process use the credentials of process 1",
         loaded("credentials_shared", ORDINARY),
-        open("credentials"),
+        found("credentials", "shared_credentials"),
         Shown::UserZero,
     ),
     module(
@@ -447,7 +455,7 @@ pub const ALL: &[Specimen] = &[
         "T1068",
         "makes a process one of user 0, in its credentials as they are",
         loaded("credentials_in_place", ORDINARY),
-        open("credentials"),
+        found("credentials", "forged_user"),
         Shown::UserZero,
     ),
     module(
@@ -455,7 +463,7 @@ pub const ALL: &[Specimen] = &[
         "T1068",
         "gives a process all capabilities, in its credentials as they are",
         loaded("capabilities_gained", ORDINARY),
-        open("credentials"),
+        found("credentials", "capabilities_of_nobody"),
         Shown::AllCapabilities,
     ),
     edit(
@@ -463,90 +471,95 @@ pub const ALL: &[Specimen] = &[
         "T1068",
         "lets a process use the credentials of process 1",
         Edit::ShareCredentials,
-        open("credentials"),
+        found("credentials", "shared_credentials"),
     ),
     edit(
         "credentials-in-place",
         "T1068",
         "makes a process one of user 0, in its credentials as they are",
         Edit::UserZero,
-        open("credentials"),
+        found("credentials", "forged_user"),
     ),
     edit(
         "capabilities-gained",
         "T1068",
         "gives a process all capabilities, in its credentials as they are",
         Edit::AllCapabilities,
-        open("credentials"),
+        found("credentials", "capabilities_of_nobody"),
     ),
     program(
         "container-with-host-pids",
         "T1611",
         "runs in a container's root and namespaces, but among the host's processes",
-        open("credentials"),
+        found("credentials", "container_with_host_processes"),
     ),
     // What processes are.
     program(
         "preloaded",
         "T1574.006",
         "runs with LD_PRELOAD",
-        open("process_integrity"),
+        found("process_integrity", "preloaded_library"),
     ),
     program(
         "deleted-executable",
         "T1070.004",
         "runs a program whose file is deleted",
-        open("process_integrity"),
+        found("process_integrity", "deleted_executable"),
     ),
     program(
         "memory-executable",
         "T1620",
         "runs a program that was only ever in memory",
-        open("process_integrity"),
+        found("process_integrity", "memory_executable"),
     ),
     program(
         "kernel-thread-name",
         "T1036.004",
         "calls itself like a kernel's worker",
-        open("process_integrity"),
+        found("process_integrity", "named_like_kernel_thread"),
     ),
     program(
         "writable-code",
         "T1055",
         "maps memory that can be written and executed",
-        open("process_integrity"),
+        found("process_integrity", "writable_code"),
     ),
     program(
         "anonymous-code",
         "T1055",
         "has code in memory of no file",
-        open("process_integrity"),
+        found("process_integrity", "anonymous_code"),
     ),
     program(
         "changed-code",
         "T1055",
         "has code that differs from its file",
-        open("process_integrity"),
+        found("process_integrity", "changed_code"),
     ),
     program(
         "traced",
         "T1055.008",
         "traces another process",
-        open("process_integrity"),
+        found("process_integrity", "traced_process"),
     ),
     // The network.
-    program("raw-socket", "T1095", "has a raw socket", open("network")),
+    program(
+        "raw-socket",
+        "T1095",
+        "has a raw socket",
+        found_information("network", "raw_socket"),
+    ),
     program(
         "packet-socket",
         "T1040",
         "has a packet socket for all protocols",
-        open("network"),
+        found("network", "packet_socket_for_all"),
     ),
     program(
         "promiscuous",
         "T1040",
         "makes an interface promiscuous",
-        open("network"),
+        found("network", "promiscuous_interface"),
     ),
     // Settings.
     Specimen {
@@ -558,7 +571,7 @@ pub const ALL: &[Specimen] = &[
             path: "/proc/sys/kernel/core_pattern",
             text: "|/tmp/specimen %p",
         },
-        expected: open("usermode_helpers"),
+        expected: found("usermode_helpers", "usermode_helper_changed"),
         shown: Shown::Stands,
     },
     Specimen {
@@ -570,7 +583,7 @@ pub const ALL: &[Specimen] = &[
             path: "/proc/sys/kernel/modprobe",
             text: "/tmp/specimen",
         },
-        expected: open("usermode_helpers"),
+        expected: found("usermode_helpers", "usermode_helper_changed"),
         shown: Shown::Stands,
     },
     edit(
@@ -581,6 +594,6 @@ pub const ALL: &[Specimen] = &[
             symbol: "modprobe_path",
             text: "/tmp/specimen",
         },
-        open("usermode_helpers"),
+        found("usermode_helpers", "usermode_helper_changed"),
     ),
 ];
