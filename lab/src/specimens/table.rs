@@ -288,7 +288,7 @@ pub const ALL: &[Specimen] = &[
         "T1014",
         "replaces TCP's function for sending",
         loaded("tcp_operation", &[]),
-        open("kernel_pointers"),
+        found("kernel_pointers", "operation_into_module"),
         Shown::Stands,
     ),
     module(
@@ -384,7 +384,7 @@ pub const ALL: &[Specimen] = &[
             structure: "proto",
             member: "sendmsg",
         },
-        open("kernel_pointers"),
+        found("kernel_pointers", "operation_into_module"),
     ),
     // Tracing.
     module(
