@@ -11,9 +11,10 @@ use iced_x86::{Decoder, DecoderOptions};
 use secmon_guest::Guest;
 use secmon_guest::linux::code::{CodeMap, CodeOwner};
 use secmon_guest::linux::module::knowledge::symbols_of;
+use secmon_guest::linux::static_call::StaticCalls;
 use secmon_memory::{PAGE_SIZE, VirtualAddress};
 
-use super::finding;
+use super::{NAME, finding};
 use crate::code::{self, Target};
 use crate::{DetectError, Finding};
 
@@ -36,9 +37,11 @@ pub(super) fn look(
     map: &CodeMap,
     findings: &mut dyn FnMut(Finding),
 ) -> Result<(), DetectError> {
+    let calls = StaticCalls::read(guest, NAME)?;
     let mut judge = |text: &Range<VirtualAddress>, candidates: Vec<Candidate>, kernel: bool| {
         for candidate in candidates {
             if !is_suspect(map, candidate.target, kernel)
+                || is_static_call(guest, map, &calls, candidate)
                 || !is_instruction(guest, map, text, candidate.address)
             {
                 continue;
@@ -162,6 +165,26 @@ fn is_suspect(map: &CodeMap, target: VirtualAddress, kernel: bool) -> bool {
         Target::Owned(CodeOwner::Module { .. }) => kernel,
         Target::Owned(_) | Target::Beside | Target::NotExecutable => false,
     }
+}
+
+/// Whether the kernel's own record of a static call leads there, to a listed
+/// module: so do tracepoints with one function, and callbacks for guests of
+/// this guest. A security hook never does: no module can have one.
+fn is_static_call(guest: &Guest, map: &CodeMap, calls: &StaticCalls, candidate: Candidate) -> bool {
+    if !matches!(
+        map.owner_of(candidate.target),
+        Some(CodeOwner::Module { .. })
+    ) {
+        return false;
+    }
+    let Some(key) = calls.key_of(guest, candidate.address) else {
+        return false;
+    };
+    let security = guest
+        .symbols()
+        .nearest(key)
+        .is_some_and(|(symbol, _)| symbol.name.starts_with("__SCK__lsm_static_call"));
+    !security && calls.function_of(guest, key) == Some(candidate.target)
 }
 
 /// All candidates in `text`.

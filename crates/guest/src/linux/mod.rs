@@ -45,6 +45,7 @@ pub mod signal;
 pub mod snapshot;
 pub mod span;
 pub mod state;
+pub mod static_call;
 pub mod symbols;
 pub mod system_call;
 pub mod taint;
