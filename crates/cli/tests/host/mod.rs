@@ -204,6 +204,12 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.folder.path().join("secmon/m/console.log");
+            let log = fs::read(log).unwrap_or_default();
+            eprintln!("{}", self.json("state.json"));
+            eprintln!("{}", String::from_utf8_lossy(&log));
+        }
         let _ = self.secmon(&["monitor", "down", "m"]);
     }
 }
