@@ -10,6 +10,7 @@ use secmon_memory::{PAGE_SIZE, ReadError, VirtualAddress};
 use super::vmalloc::Area;
 use super::{Claims, CodeOwner};
 use crate::linux::list::{entries, is_kernel_address, is_object_address};
+use crate::linux::xarray;
 use crate::{Diagnostic, Guest, TableError, Text, layout};
 
 /// More entries than this are read of no list here.
@@ -54,6 +55,22 @@ layout! {
     } optional {
         /// Until Linux 5.6.
         list: "ksym_lnode",
+    }
+}
+
+layout! {
+    /// `include/linux/bpf.h`
+    struct MapLayout: "bpf_map" {
+        kind: "map_type",
+    }
+}
+
+layout! {
+    /// `kernel/bpf/bpf_struct_ops.c`, from Linux 5.6 to 6.8.
+    struct StructOperationsLayout: "bpf_struct_ops_map" {
+        map: "map",
+    } optional {
+        image: "image",
     }
 }
 
@@ -123,6 +140,7 @@ pub fn claim(guest: &Guest, table: &'static str, claims: &mut Claims) -> Result<
     ftrace_trampolines(guest, table, claims)?;
     kprobe_slots(guest, table, claims)?;
     bpf_packs(guest, table, claims)?;
+    bpf_struct_operations(guest, table, claims)?;
     single_pages(guest, table, claims)
 }
 
@@ -263,6 +281,53 @@ fn bpf_packs(guest: &Guest, table: &'static str, claims: &mut Claims) -> Result<
             }
         });
         report(guest, table, subject, pack, outcome);
+    }
+    Ok(())
+}
+
+/// Pages of code through which the kernel calls BPF programs in place of its own
+/// functions; later kernels list that code with the programs.
+fn bpf_struct_operations(
+    guest: &Guest,
+    table: &'static str,
+    claims: &mut Claims,
+) -> Result<(), TableError> {
+    let Some(idr) = guest.address("map_idr") else {
+        return Ok(());
+    };
+    let (Ok(layout), Ok(map)) = (
+        guest.layout::<StructOperationsLayout>(table),
+        guest.layout::<MapLayout>(table),
+    ) else {
+        return Ok(());
+    };
+    let Some(image) = &layout.image else {
+        return Ok(());
+    };
+    let types = guest.types(table)?;
+    let Ok(wanted) = types.enumerator("bpf_map_type", "BPF_MAP_TYPE_STRUCT_OPS") else {
+        return Ok(());
+    };
+    let maps = xarray::idr_entries(guest, table, idr, MOST_ENTRIES)?;
+    for entry in maps.report(guest, table, "map_idr") {
+        let address = VirtualAddress::new(entry.word);
+        if !is_object_address(guest.space(), address) {
+            continue;
+        }
+        let mut read = || -> Result<(), ReadError> {
+            let kind = guest.number(address, &map.kind)? & 0xffff_ffff;
+            if i64::try_from(kind) == Ok(wanted) {
+                let whole = address.wrapping_sub(layout.map.offset);
+                let start = guest.pointer(whole, image)?;
+                if let Some(range) = code(guest, start, PAGE_SIZE) {
+                    let name = Text::from("struct_ops");
+                    claims.add(range, CodeOwner::Bpf { name });
+                }
+            }
+            Ok(())
+        };
+        let outcome = read();
+        report(guest, table, "bpf_struct_ops_map", address, outcome);
     }
     Ok(())
 }
