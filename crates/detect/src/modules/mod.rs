@@ -149,8 +149,12 @@ impl Views {
             view.trace = true;
             view.name = trace.name;
         }
-        for address in tree(guest, NAME)? {
-            all.entry(address).or_default().tree = true;
+        // A kernel that traces nothing has no tree.
+        let has_tree = guest.address("mod_tree").is_some();
+        if has_tree {
+            for address in tree(guest, NAME)? {
+                all.entry(address).or_default().tree = true;
+            }
         }
         for address in kobjects(guest, NAME)? {
             all.entry(address).or_default().kobject = true;
@@ -161,6 +165,7 @@ impl Views {
             }
             let view = all.entry(module.address).or_default();
             view.listed = true;
+            view.tree |= !has_tree;
             view.name = module.name;
         }
         Ok(Self {
