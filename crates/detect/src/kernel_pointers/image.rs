@@ -28,8 +28,12 @@ pub(super) fn look(
         ("data", &map.image.data, false),
         ("bss", &map.image.bss, false),
     ];
+    let numbers = device_numbers(guest);
     for (view, section, constant) in sections {
         words(guest, section, &mut |location, target| {
+            if numbers.contains(&location) {
+                return;
+            }
             let Some(judgement) = judge(guest, map, target, constant) else {
                 return;
             };
@@ -41,6 +45,20 @@ pub(super) fn look(
         })?;
     }
     Ok(())
+}
+
+/// The tables of PCI devices that need a fixup: `struct pci_fixup` holds no
+/// address, but the numbers of any class, vendor and device read as one
+/// (0xffffffff9a238086) that can lie behind the image, where KASLR puts it so.
+fn device_numbers(guest: &Guest) -> Range<VirtualAddress> {
+    let bounds = (
+        guest.address("__start_pci_fixups_early"),
+        guest.address("__end_pci_fixups_suspend_late"),
+    );
+    match bounds {
+        (Some(start), Some(end)) => start..end,
+        _ => VirtualAddress::new(0)..VirtualAddress::new(0),
+    }
 }
 
 /// What is wrong with a word that leads there, if something is.
