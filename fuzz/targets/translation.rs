@@ -1,5 +1,6 @@
 //! The page walk over memory that holds anything: an answer or an error, and
-//! the same one with and without a translation cache.
+//! the same one with and without a translation cache; and everything that the
+//! tables map, which is what translation finds.
 #![no_main]
 
 use std::sync::Arc;
@@ -21,4 +22,15 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(plain, cached.read_u64(address));
     assert_eq!(plain, cached.read_u64(address));
     let _ = space.read_c_string(address, 1 << 16);
+    let all = VirtualAddress::new(0)..VirtualAddress::new(u64::MAX);
+    let mut last = None;
+    let _ = space.mapped_pages(all, 16, &mut |page| {
+        assert!(last < Some(page.address));
+        last = Some(page.address);
+        let found = space.translate(page.address).expect("it is mapped");
+        assert_eq!(
+            (found.physical, found.page_size, found.rights),
+            (page.physical, page.size, page.rights)
+        );
+    });
 });
