@@ -181,7 +181,7 @@ impl Bench<'_> {
             let found = report.findings.iter().filter(|one| one.class.is_alarm());
             for finding in found {
                 alarms += 1;
-                self.complain(format!("clean guest, {load}: {finding:?}"));
+                self.complain(&format!("clean guest, {load}: {finding:?}"));
             }
         }
         self.measured.clean.push(Clean {
@@ -193,7 +193,7 @@ impl Bench<'_> {
     }
 
     /// Notes what is wrong, not without end.
-    fn complain(&mut self, text: String) {
+    fn complain(&mut self, text: &str) {
         const MOST: usize = 40;
         if self.measured.complaints.len() < MOST {
             let start: String = text.chars().take(1500).collect();
@@ -231,7 +231,7 @@ impl Bench<'_> {
 
     fn silent_after(&mut self, guest: &Watched, specimen: &Specimen) {
         for name in names(&check(guest, &self.looking(specimen)), true) {
-            self.complain(format!("{name} stays after {}", specimen.name));
+            self.complain(&format!("{name} stays after {}", specimen.name));
         }
     }
 
@@ -255,7 +255,7 @@ impl Bench<'_> {
                 let time = time.map(|one| milliseconds(one.time / one.looks.max(1)));
                 found = Some((full, time.unwrap_or_default()));
             } else {
-                self.complain(format!(
+                self.complain(&format!(
                     "{} is not found as {full}; found: {besides:?}",
                     specimen.name
                 ));
@@ -263,7 +263,7 @@ impl Bench<'_> {
         }
         if expected.verdict == Verdict::Information {
             for name in names(report, true) {
-                self.complain(format!("{} is no reason for {name}", specimen.name));
+                self.complain(&format!("{} is no reason for {name}", specimen.name));
             }
         }
         self.measured.specimens.push(Tried {
