@@ -197,7 +197,9 @@ pub(super) fn confirm(
             .and_then(|_| forged(guest, gathered, &record));
         missing.namespace = missing.namespace.filter(|(namespace, number)| {
             let found = pid_table::ids(guest, table, *namespace);
-            found.is_ok_and(|found| found.pids.get(number) != Some(&record.thread_pid))
+            found.is_ok_and(|found| {
+                found.errors.is_empty() && found.pids.get(number) != Some(&record.thread_pid)
+            })
         });
         // What it was missing from counts only if it was there to be found
         // until now.
