@@ -119,6 +119,9 @@ impl Plug {
     /// # Errors
     /// [`PlugError`]; nothing is left of a failed attempt.
     pub fn plug(&mut self, slot: u32, ram: &File, size: u64) -> Result<(), PlugError> {
+        // A VM that was booting when it was asked to let go of what is there may
+        // not have heard it: it is asked again.
+        self.unplug(slot)?;
         self.generation += 1;
         let backend = format!("ram{slot}-{}-{}", std::process::id(), self.generation);
         let descriptor = self.qmp.add_descriptor(ram.as_fd())?;
