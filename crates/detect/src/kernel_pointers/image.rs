@@ -74,7 +74,10 @@ fn judge(
     }
     // Constants lead to nothing that was not there when they were made: what
     // is in the modules' memory came later, data as well as code.
-    if constant && map.module_area.contains(&target) {
+    // A mask of high bits is no address: that of a gigabyte reads as the first
+    // of the modules' memory.
+    let mask = target.as_u64().wrapping_neg().is_power_of_two();
+    if constant && !mask && map.module_area.contains(&target) {
         return match map.owner_of(target) {
             Some(CodeOwner::Module { .. }) => Some("constant_into_module"),
             Some(_) => None,

@@ -19,6 +19,8 @@ const MOST_MODULES: usize = 1 << 16;
 const ALIGNMENT: usize = 64;
 /// Where the modules' memory ends on x86-64 (`MODULES_END`).
 const AREA_END: u64 = 0xffff_ffff_ff00_0000;
+/// Bytes of a large page.
+const LARGE_PAGE: u64 = 2 << 20;
 /// More page tables than this map no gigabyte.
 const MOST_TABLES: usize = 1 << 10;
 /// More bytes than this are not searched.
@@ -150,7 +152,9 @@ pub fn module_area(
     table: &'static str,
 ) -> Result<Range<VirtualAddress>, TableError> {
     let end = VirtualAddress::new(AREA_END);
-    let start = guest.symbol(table, "_end")?;
+    // The rest of the image's last large page is still the image's.
+    let image = guest.symbol(table, "_end")?.as_u64();
+    let start = VirtualAddress::new(image.checked_next_multiple_of(LARGE_PAGE).unwrap_or(image));
     Ok(start..end.max(start))
 }
 
