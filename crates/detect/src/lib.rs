@@ -3,7 +3,7 @@
 //! A [`Detector`] compares views of one thing that must agree and hands out a
 //! [`Finding`] where they do not. The views are walked by `secmon-guest`, which
 //! knows no verdict; nothing here knows where the guest's bytes come from.
-//! [`check`] runs detectors, and on a running guest reports only what was
+//! [`check()`] runs detectors, and on a running guest reports only what was
 //! found again and again.
 #![forbid(unsafe_code)]
 
