@@ -24,6 +24,7 @@ const MANIFESTS: &[(&str, &str)] = &[
         "secmon-channel",
         include_str!("../../../channel/Cargo.toml"),
     ),
+    ("secmon-detect", include_str!("../../../detect/Cargo.toml")),
     ("secmon-guest", include_str!("../../../guest/Cargo.toml")),
     (
         "secmon-profile",
