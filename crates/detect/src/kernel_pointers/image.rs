@@ -28,10 +28,11 @@ pub(super) fn look(
         ("data", &map.image.data, false),
         ("bss", &map.image.bss, false),
     ];
-    let numbers = device_numbers(guest);
+    let mut exempt = memory_limits(guest);
+    exempt.push(device_numbers(guest));
     for (view, section, constant) in sections {
         words(guest, section, &mut |location, target| {
-            if numbers.contains(&location) {
+            if exempt.iter().any(|range| range.contains(&location)) {
                 return;
             }
             let Some(judgement) = judge(guest, map, target, constant) else {
@@ -59,6 +60,23 @@ fn device_numbers(guest: &Guest) -> Range<VirtualAddress> {
         (Some(start), Some(end)) => start..end,
         _ => VirtualAddress::new(0)..VirtualAddress::new(0),
     }
+}
+
+/// The `execmem_info`s (`mm/execmem.c`, `arch/x86/mm/init.c`, since 6.10):
+/// constants that say where the modules' memory starts, which is where the first
+/// module may lie.
+fn memory_limits(guest: &Guest) -> Vec<Range<VirtualAddress>> {
+    let Ok(types) = guest.types(NAME) else {
+        return Vec::new();
+    };
+    let Ok(size) = types.size_of("execmem_info") else {
+        return Vec::new();
+    };
+    ["execmem_info", "default_execmem_info"]
+        .into_iter()
+        .flat_map(|symbol| guest.symbols().addresses(symbol).collect::<Vec<_>>())
+        .map(|start| start..start.wrapping_add(size))
+        .collect()
 }
 
 /// What is wrong with a word that leads there, if something is.
