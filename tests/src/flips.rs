@@ -43,13 +43,13 @@ const SET_LIMIT: usize = 64;
 const FIRST_SET: usize = 8;
 
 /// Another memory, and which of its lines have been read.
-struct RecordingMemory {
+pub(crate) struct RecordingMemory {
     base: Arc<dyn PhysicalMemory>,
     lines: Mutex<HashSet<u64>>,
 }
 
 impl RecordingMemory {
-    fn new(base: Arc<dyn PhysicalMemory>) -> Self {
+    pub(crate) fn new(base: Arc<dyn PhysicalMemory>) -> Self {
         Self {
             base,
             lines: Mutex::default(),
@@ -57,7 +57,7 @@ impl RecordingMemory {
     }
 
     /// The addresses of the lines read since the last call.
-    fn take(&self) -> HashSet<u64> {
+    pub(crate) fn take(&self) -> HashSet<u64> {
         std::mem::take(&mut *self.lines.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -171,10 +171,10 @@ pub struct Report {
 }
 
 /// A small generator of test positions: xorshift64*.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -187,7 +187,7 @@ impl Random {
         }
     }
 
-    fn flip_in(&mut self, start: u64, length: u64) -> Flip {
+    pub(crate) fn flip_in(&mut self, start: u64, length: u64) -> Flip {
         let bit = self.below(length * 8);
         Flip {
             address: start + bit / 8,
@@ -199,7 +199,7 @@ impl Random {
 /// An image, what the tables say of it, and which of its lines they read.
 pub struct Specimen {
     file: File,
-    opened: Opened,
+    pub(crate) opened: Opened,
     tables: Vec<(&'static dyn Table, Outcome)>,
     /// The tables that read a line, by their place in `tables`.
     readers: BTreeMap<u64, Vec<usize>>,
@@ -376,7 +376,7 @@ impl Specimen {
     }
 
     /// Calls `look` with the flips made, and undoes them.
-    fn with_flips<T>(
+    pub(crate) fn with_flips<T>(
         &self,
         flips: &[Flip],
         look: impl FnOnce(Arc<dyn PhysicalMemory>) -> T,
@@ -422,7 +422,7 @@ fn lists_objects(table: &dyn Table) -> bool {
     !matches!(table.name(), "types" | "symbols" | "changed_code")
 }
 
-fn guest_of(kernel: &Kernel, memory: Arc<dyn PhysicalMemory>) -> Guest {
+pub(crate) fn guest_of(kernel: &Kernel, memory: Arc<dyn PhysicalMemory>) -> Guest {
     let space = AddressSpace::new(memory, kernel.space.root(), kernel.space.mode());
     Guest::new(Kernel {
         space,

@@ -7,6 +7,7 @@
 pub mod btf;
 pub mod compare;
 pub mod detection;
+pub mod detector_flips;
 pub mod document;
 pub mod edits;
 pub mod flips;

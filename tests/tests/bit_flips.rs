@@ -23,6 +23,8 @@ const FLIPS_ANYWHERE: usize = 10_000;
 /// are known not to be counted. Each run boots another image, so that a fixed
 /// seed does not fix the flips.
 const UNTOLD_LIMIT: usize = 2;
+/// Flips where detectors look, many at once.
+const FLIPS_UNDER_DETECTORS: usize = 3_000;
 /// What one table may take on a damaged image, in a test build on a busy
 /// machine. A clean one takes milliseconds.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
@@ -137,6 +139,31 @@ fn a_wrong_table_of_descriptors_is_given_up_soon() {
         noticed += report.noticed;
     }
     assert!(noticed > 0, "no wrong pointer is noticed");
+}
+
+/// What a detector finds on a damaged image is not asked, but that it ends.
+#[test]
+fn detectors_end_on_damaged_images() {
+    let image = images::quiet_file(Suite::Trixie).expect("an image");
+    let specimen = Specimen::new(&image).expect("an image that can be read");
+    let report = specimen
+        .try_detectors(0x9e37_79b9_7f4a_7c15, FLIPS_UNDER_DETECTORS)
+        .expect("an image to write to");
+    println!(
+        "{} looks of detectors, {} found something, {} could not look to the end; the longest \
+         {:?}, {}",
+        report.looks,
+        report.with_findings,
+        report.incomplete,
+        report.longest.elapsed,
+        report.longest.table
+    );
+    assert!(
+        report.longest.elapsed < TIME_LIMIT,
+        "a detector took long: {:x?}",
+        report.longest
+    );
+    assert!(report.with_findings > 0, "damage that no detector sees");
 }
 
 #[test]
