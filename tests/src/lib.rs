@@ -13,5 +13,6 @@ pub mod edits;
 pub mod flips;
 pub mod images;
 pub mod memory_edits;
+pub mod monitored;
 pub mod open;
 pub mod rows;

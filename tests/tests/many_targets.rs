@@ -3,14 +3,14 @@
 //! Another one with four targets of four kernels.
 
 use std::fs::File;
-use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use secmon_lab::{
     Backing, Emulator, Guest, MonitorVm, Suite, WatchedRam, Workload, appliance_image,
 };
-use secmon_monitor::protocol::{Answer, Client, Pause, Query, TargetReport, TargetState};
+use secmon_monitor::protocol::{Client, TargetReport, TargetState};
+use secmon_tests::monitored::pids;
 
 /// Targets that run; the ninth has not started.
 const RUNNING: usize = 8;
@@ -19,34 +19,6 @@ const MEMORY_MIB: u32 = 256;
 const PATIENCE: Duration = Duration::from_secs(300);
 /// The VM's bound of memory in KiB.
 const MEMORY_KIB: u64 = 128 << 10;
-
-/// The ids of a target's processes.
-fn pids(client: &mut Client, target: &str) -> Result<Vec<u64>> {
-    use secmon_guest::Value;
-    let query = Query {
-        target: target.to_owned(),
-        table: "processes".to_owned(),
-        columns: Some(vec!["pid".to_owned()]),
-        pids: None,
-        all_namespaces: false,
-        limit: None,
-        credit: 0,
-        pause: Pause::None,
-    };
-    let mut pids = Vec::new();
-    let end = client.query(query, &mut |answer| {
-        if let Answer::Rows(rows) = answer {
-            let cells = rows.into_iter().flatten().map(Value::from);
-            pids.extend(cells.filter_map(|value| match value {
-                Value::Unsigned(pid) => Some(pid),
-                _ => None,
-            }));
-        }
-        ControlFlow::Continue(())
-    })?;
-    ensure!(end.error.is_none(), "{target}: {:?}", end.error);
-    Ok(pids)
-}
 
 fn wait_for(client: &mut Client, what: &str, fits: impl Fn(&[TargetReport]) -> bool) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;

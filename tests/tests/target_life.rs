@@ -4,18 +4,15 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use secmon_guest::Value;
 use secmon_lab::{
     Backing, Emulator, Guest, MonitorVm, Suite, WatchedRam, Workload, appliance_image,
 };
-use secmon_monitor::protocol::{
-    Answer, Client, Finding, FindingKind, Notice, Pause, Query, TargetState,
-};
+use secmon_monitor::protocol::{Client, Finding, FindingKind, Notice, TargetState};
+use secmon_tests::monitored::pids;
 use serde_json::json;
 
 const MEMORY_MIB: u32 = 256;
@@ -71,26 +68,7 @@ impl Listener {
 
     /// Whether process 1 is listed.
     fn has_init(&mut self, target: &str) -> Result<bool> {
-        let query = Query {
-            target: target.to_owned(),
-            table: "processes".to_owned(),
-            columns: Some(vec!["pid".to_owned()]),
-            pids: None,
-            all_namespaces: false,
-            limit: None,
-            credit: 0,
-            pause: Pause::None,
-        };
-        let mut found = false;
-        let end = self.client.query(query, &mut |answer| {
-            if let Answer::Rows(rows) = answer {
-                let mut cells = rows.into_iter().flatten().map(Value::from);
-                found |= cells.any(|cell| matches!(cell, Value::Unsigned(1)));
-            }
-            ControlFlow::Continue(())
-        })?;
-        ensure!(end.error.is_none(), "{target}: {:?}", end.error);
-        Ok(found)
+        Ok(pids(&mut self.client, target)?.contains(&1))
     }
 }
 

@@ -23,25 +23,6 @@ pub(crate) fn map(guest: &Guest, detector: &'static str) -> Result<CodeMap, Dete
     }
 }
 
-/// Whether all was read since `before` diagnostics had been recorded: what was
-/// not may be what is looked for.
-pub(crate) fn whole(guest: &Guest, before: u64) -> Result<(), DetectError> {
-    let lacking = guest.diagnostics().recorded().saturating_sub(before);
-    if lacking == 0 {
-        return Ok(());
-    }
-    let first = usize::try_from(before)
-        .ok()
-        .and_then(|before| guest.diagnostics().list().into_iter().nth(before))
-        .map_or_else(String::new, |first| {
-            format!(", first {}: {}", first.subject, first.reason)
-        });
-    Err(DetectError::Incomplete {
-        view: "kernel objects",
-        reason: format!("{lacking} things could not be read{first}"),
-    })
-}
-
 /// The symbol at or below `address`, of the kernel or of the module that owns
 /// it, with the distance.
 pub(crate) fn symbol(guest: &Guest, map: &CodeMap, address: VirtualAddress) -> Option<String> {

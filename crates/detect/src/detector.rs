@@ -73,3 +73,22 @@ impl DetectError {
         matches!(self, Self::Incomplete { .. } | Self::Read { .. })
     }
 }
+
+/// Whether all of `view` was read since `before` diagnostics had been recorded:
+/// what was not may be what is looked for.
+pub(crate) fn whole(guest: &Guest, before: u64, view: &'static str) -> Result<(), DetectError> {
+    let lacking = guest.diagnostics().recorded().saturating_sub(before);
+    if lacking == 0 {
+        return Ok(());
+    }
+    let first = usize::try_from(before)
+        .ok()
+        .and_then(|before| guest.diagnostics().list().into_iter().nth(before))
+        .map_or_else(String::new, |first| {
+            format!(", first {}: {}", first.subject, first.reason)
+        });
+    Err(DetectError::Incomplete {
+        view,
+        reason: format!("{lacking} things could not be read{first}"),
+    })
+}

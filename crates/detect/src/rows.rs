@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 
 use secmon_guest::{Guest, Request, Selection, Value};
 
+use crate::detector::whole;
 use crate::{DetectError, Evidence};
 
 /// Some columns of a table.
@@ -60,20 +61,7 @@ impl Rows {
             });
             ControlFlow::Continue(())
         })?;
-        let lacking = guest.diagnostics().recorded().saturating_sub(before);
-        if lacking == 0 {
-            return Ok(());
-        }
-        let first = usize::try_from(before)
-            .ok()
-            .and_then(|before| guest.diagnostics().list().into_iter().nth(before))
-            .map_or_else(String::new, |first| {
-                format!(", first {}: {}", first.subject, first.reason)
-            });
-        Err(DetectError::Incomplete {
-            view: self.table.name(),
-            reason: format!("{lacking} things could not be read{first}"),
-        })
+        whole(guest, before, self.table.name())
     }
 }
 

@@ -15,6 +15,7 @@ use secmon_guest::{Guest, Text};
 use secmon_memory::VirtualAddress;
 
 use crate::code::{self, Target};
+use crate::detector::whole;
 use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Subject, Technique};
 
 const NAME: &str = "kernel_pointers";
@@ -69,7 +70,7 @@ impl Detector for KernelPointers {
                 findings(finding);
             }
         }
-        code::whole(guest, before)
+        whole(guest, before, "kernel objects")
     }
 }
 

@@ -14,6 +14,7 @@ use secmon_guest::linux::code::CodeMap;
 use secmon_memory::{MappedPage, VirtualAddress};
 
 use crate::code;
+use crate::detector::whole;
 use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Subject, Technique};
 
 const NAME: &str = "kernel_text";
@@ -68,7 +69,7 @@ impl Detector for KernelText {
         rights(guest, &map, findings)?;
         sites::look(guest, &map, findings)?;
         detour::look(guest, &map, findings)?;
-        code::whole(guest, before)
+        whole(guest, before, "kernel objects")
     }
 }
 

@@ -15,6 +15,7 @@ use secmon_guest::{Guest, TableError, Text};
 use secmon_memory::{VirtualAddress, Volatility};
 
 use crate::code;
+use crate::detector::whole;
 use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Subject, Technique};
 
 const NAME: &str = "modules";
@@ -94,7 +95,7 @@ impl Detector for Modules {
         for code in map.unowned() {
             findings(unowned_code(guest, &map, code, &hidden));
         }
-        code::whole(guest, before)
+        whole(guest, before, "kernel objects")
     }
 }
 

@@ -14,6 +14,7 @@ use secmon_guest::{Guest, Text};
 use secmon_memory::VirtualAddress;
 
 use crate::code::{self, Target};
+use crate::detector::whole;
 use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Subject, Technique};
 
 const NAME: &str = "tracing";
@@ -75,7 +76,7 @@ impl Detector for Tracing {
             findings(tracepoint(guest, &map, &probe));
         }
         bpf::look(guest, &map, findings)?;
-        code::whole(guest, before)
+        whole(guest, before, "kernel objects")
     }
 }
 

@@ -16,10 +16,11 @@ use secmon_memory::{
 };
 
 use super::file::{Files, initial_root};
-use super::memory_area::{Area, AreaModel};
+use super::memory_area::{Area, AreaModel, VM_EXEC, VM_WRITE};
 use super::page_cache::PageCache;
+use super::page_difference::{Difference, differences};
 use super::task::{Task, leaders};
-use super::user::UserMemory;
+use super::user::{FIRST_SPECIAL_SWAP, UserMemory};
 use crate::table::Items;
 use crate::{
     Column, Cost, Diagnostic, Guest, Kind, Selection, Shown, TableError, TableOf, Text, Value,
@@ -28,21 +29,12 @@ use crate::{
 
 const TABLE: &str = "changed_code";
 
-/// `VM_…` (`include/linux/mm.h`).
-const VM_EXEC: u64 = 0x4;
-/// Areas that do not show pages of a file's cache, though they have a file:
+/// Of `vm_flags` (`include/linux/mm.h`): areas that do not show pages of a file's cache, though they have a file:
 /// `VM_PFNMAP`, `VM_IO`, `VM_HUGETLB`, `VM_MIXEDMAP`.
 const VM_OTHER: u64 = 0x400 | 0x4000 | 0x40_0000 | 0x1000_0000;
 
-/// Kinds of swap entries from here on are none of a swap area: pages on the
-/// move and the like (`include/linux/swap.h`).
-const FIRST_SPECIAL_SWAP: u8 = 23;
-
 /// More pages than this are looked at of no area, 4 GiB.
 const MOST_PAGES: u64 = 1 << 20;
-
-/// How many bytes are shown from the first that differs on.
-const EXCERPT: usize = 16;
 
 layout! {
     /// `include/linux/mm_types.h`, `arch/x86/include/asm/mmu.h`
@@ -58,19 +50,6 @@ layout! {
         bytes: "data",
         length: "size",
     }
-}
-
-/// What a page holds instead of its file's bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Difference {
-    /// How many bytes differ.
-    count: u64,
-    /// The first of them, in the page.
-    first: usize,
-    /// What the file has there.
-    original: Vec<u8>,
-    /// What the process has there.
-    found: Vec<u8>,
 }
 
 /// A page of code that is not its file's.
@@ -189,7 +168,7 @@ pub static CHANGED_CODE: TableOf<ChangedPage> = TableOf {
             cost: Cost::Kernel,
             shown: Shown::OnRequest,
             meaning: "Whether the process may write to the area now.",
-            value: |_, row| (row.area.flags & 0x2 != 0).into(),
+            value: |_, row| (row.area.flags & VM_WRITE != 0).into(),
         },
         Column {
             name: "address",
@@ -526,49 +505,9 @@ fn mapped(memory: &UserMemory, page: u64) -> Mapped {
     }
 }
 
-fn differences(original: &[u8], found: &[u8]) -> Option<Difference> {
-    let differs = |(original, found): (&u8, &u8)| original != found;
-    let first = original.iter().zip(found).position(differs)?;
-    let excerpt = |bytes: &[u8]| bytes.iter().skip(first).take(EXCERPT).copied().collect();
-    Some(Difference {
-        count: original
-            .iter()
-            .zip(found)
-            .filter(|pair| differs(*pair))
-            .count() as u64,
-        first,
-        original: excerpt(original),
-        found: excerpt(found),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn equal_pages_have_no_difference() {
-        assert_eq!(differences(&[1, 2, 3], &[1, 2, 3]), None);
-    }
-
-    #[test]
-    fn differences_are_counted_and_the_first_is_shown() {
-        let original: Vec<u8> = (0..64).collect();
-        let mut found = original.clone();
-        found[10] = 0xcc;
-        found[60] = 0xcc;
-        let difference = differences(&original, &found).expect("two bytes");
-        assert_eq!((difference.count, difference.first), (2, 10));
-        assert_eq!(difference.original[..3], [10, 11, 12]);
-        assert_eq!(difference.found[..3], [0xcc, 11, 12]);
-        assert_eq!(difference.original.len(), EXCERPT);
-    }
-
-    #[test]
-    fn an_excerpt_ends_with_the_page() {
-        let difference = differences(&[0; 8], &[0, 0, 0, 0, 0, 0, 0, 1]).expect("one byte");
-        assert_eq!(difference.found, [1]);
-    }
 
     #[test]
     fn an_empty_entry_ends_where_its_table_says() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use secmon_memory::{PAGE_SIZE, VirtualAddress, Volatility};
 
 use super::file::{Files, Inode, initial_root};
-use super::memory_area::{Area, AreaModel, Mm};
+use super::memory_area::{Area, AreaModel, Mm, VM_EXEC, VM_WRITE};
 use super::path::{Path, PathError, is_kernel_pointer};
 use super::references::Sharers;
 use super::task::{Task, leaders};
@@ -21,8 +21,6 @@ const TABLE: &str = "maps";
 
 /// `VM_…` (`include/linux/mm.h`).
 const VM_READ: u64 = 0x1;
-const VM_WRITE: u64 = 0x2;
-const VM_EXEC: u64 = 0x4;
 const VM_MAYSHARE: u64 = 0x80;
 
 /// Where the page for calls of old programs lies, behind all areas

@@ -12,6 +12,11 @@ use super::tree::{TreeError, Walk, settle};
 use super::{maple_tree, rb_tree};
 use crate::{Guest, Layout, TableError, layout};
 
+/// `VM_WRITE` of `vm_flags` (`include/linux/mm.h`).
+pub(crate) const VM_WRITE: u64 = 0x2;
+/// `VM_EXEC`.
+pub(crate) const VM_EXEC: u64 = 0x4;
+
 /// More areas than these are read of no process; the kernel's usual limit
 /// (`vm.max_map_count`) is 65,530 or 1,048,576.
 const AREA_LIMIT: usize = 1 << 21;

@@ -32,6 +32,7 @@ pub mod namespaces;
 pub mod net;
 pub mod owner;
 pub mod page_cache;
+pub(crate) mod page_difference;
 pub mod path;
 pub mod per_cpu;
 pub mod pid;

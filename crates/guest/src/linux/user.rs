@@ -31,7 +31,7 @@ const EXCERPT: usize = 256;
 /// Swap areas are numbered from 0; numbers from here on mean pages on the
 /// move, poisoned, or owned by a device (`include/linux/swap.h`, with all
 /// options on).
-const FIRST_SPECIAL_SWAP: u8 = 23;
+pub(crate) const FIRST_SPECIAL_SWAP: u8 = 23;
 
 layout! {
     /// `include/linux/mm_types.h`
