@@ -12,6 +12,10 @@ use anyhow::{Context as _, Result, ensure};
 /// flags away from build scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
+/// A program that runs anywhere in memory has an entry of 24 bytes for each
+/// pointer in it; packed they take a bit.
+const STATIC_FLAGS: &str = "-Ctarget-feature=+crt-static -Clink-arg=-Wl,-z,pack-relative-relocs";
+
 /// The built program. Cargo decides whether there is anything to build, once
 /// a process.
 pub fn program() -> Result<PathBuf> {
@@ -35,7 +39,8 @@ fn build() -> Result<PathBuf> {
 }
 
 /// `secmon` as a static program, as the appliance of a monitor needs it. Built
-/// once a process; quicker to build, and larger, than what is shipped.
+/// once a process, without the link-time optimisation of what is shipped, which
+/// takes minutes.
 pub fn static_secmon() -> Result<PathBuf> {
     static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
     let mut built = BUILT
@@ -53,7 +58,9 @@ pub fn static_secmon() -> Result<PathBuf> {
 /// A binary of the package in `manifest` as a static program, built as
 /// [`static_secmon`] is and beside it, so that both share what they depend on.
 pub fn static_binary(manifest: &Path, binary: &str) -> Result<PathBuf> {
-    let profile = [("LTO", "off"), ("CODEGEN_UNITS", "16")];
+    // Without link-time optimisation what is compiled for speed would hardly
+    // fit the image.
+    let profile = [("LTO", "off"), ("CODEGEN_UNITS", "16"), ("OPT_LEVEL", "s")];
     static_program(manifest, binary, &profile)
 }
 
@@ -80,7 +87,7 @@ fn static_program(manifest: &Path, binary: &str, profile: &[(&str, &str)]) -> Re
         .arg("--target-dir")
         .arg(&folder)
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
+        .env("RUSTFLAGS", STATIC_FLAGS)
         .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
         .env("CARGO_PROFILE_RELEASE_STRIP", "true");
     for (setting, value) in profile {
