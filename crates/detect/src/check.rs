@@ -131,38 +131,40 @@ fn confirm(
     confirmation: Confirmation,
     look_with: &mut Look<'_>,
 ) -> Report {
-    let mut runs: Vec<Run> = detectors
+    let mut rounds: Vec<Round> = detectors
         .iter()
-        .map(|detector| Run::new(*detector))
+        .map(|detector| Round::new(*detector, confirmation))
         .collect();
-    let mut pause = confirmation.pause;
-    for look in 0..confirmation.looks.max(1) {
-        if look > 0 {
+    let mut open: Vec<&mut Round> = rounds.iter_mut().collect();
+    let mut pause = None;
+    while !open.is_empty() {
+        if let Some(pause) = pause {
             std::thread::sleep(pause);
-            pause = pause.saturating_mul(2);
         }
-        let left = confirmation.looks.saturating_sub(look + 1);
-        let mut open = false;
-        for run in runs.iter_mut().filter(|run| run.open) {
-            run.look(look_with);
-            run.open = run.wants_more(confirmation.needed, left);
-            open |= run.open;
-        }
-        if !open {
-            break;
-        }
+        pause = None;
+        open.retain_mut(|round| {
+            round.look_with(look_with);
+            let more = round.wants_more(&|_| false);
+            pause = pause.max(more);
+            more.is_some()
+        });
     }
     let mut report = Report::default();
-    for run in runs {
-        run.finish(confirmation.needed, &mut report);
+    for round in rounds {
+        let (findings, detector) = round.finish(&|_| false);
+        report.findings.extend(findings);
+        report.detectors.push(detector);
     }
     report
 }
 
-/// One detector at work.
-struct Run {
+/// One detector's looks at a guest, until what they found is confirmed or
+/// can't be any more.
+pub struct Round {
     detector: &'static dyn Detector,
-    open: bool,
+    confirmation: Confirmation,
+    /// The pause before the next look.
+    pause: Duration,
     /// Whether a look came to its end.
     complete: bool,
     error: Option<DetectError>,
@@ -182,11 +184,14 @@ struct Seen {
     look: u32,
 }
 
-impl Run {
-    fn new(detector: &'static dyn Detector) -> Self {
+impl Round {
+    /// Nothing has been looked at yet.
+    #[must_use]
+    pub fn new(detector: &'static dyn Detector, confirmation: Confirmation) -> Self {
         Self {
             detector,
-            open: true,
+            confirmation,
+            pause: confirmation.pause,
             complete: false,
             error: None,
             seen: BTreeMap::new(),
@@ -196,7 +201,12 @@ impl Run {
         }
     }
 
-    fn look(&mut self, look_with: &mut Look<'_>) {
+    /// Looks once.
+    pub fn look(&mut self, guest: &Guest) {
+        self.look_with(&mut |detector, findings| detector.run(guest, findings));
+    }
+
+    fn look_with(&mut self, look_with: &mut Look<'_>) {
         let started = Instant::now();
         let look = self.looks + 1;
         let (seen, dropped) = (&mut self.seen, &mut self.dropped);
@@ -229,25 +239,43 @@ impl Run {
         }
     }
 
-    /// Whether another look can change what is reported.
-    fn wants_more(&self, needed: u32, left: u32) -> bool {
-        let undecided = |seen: &Seen| seen.times < needed && seen.times + left >= needed;
+    /// The pause before the next look, if another one can change what is
+    /// reported. What `known` knows was confirmed before, and needs no more.
+    pub fn wants_more(&mut self, known: &dyn Fn(&Finding) -> bool) -> Option<Duration> {
+        let needed = self.confirmation.needed;
+        let left = self.confirmation.looks.saturating_sub(self.looks);
+        if left == 0 {
+            return None;
+        }
+        let undecided = |seen: &Seen| {
+            seen.times < needed && seen.times + left >= needed && !known(&seen.finding)
+        };
         let again = !self.complete
             && self.looks < MOST_TRIES
             && self.error.as_ref().is_some_and(DetectError::may_pass);
-        again || self.seen.values().any(undecided)
+        if !again && !self.seen.values().any(undecided) {
+            return None;
+        }
+        let pause = self.pause;
+        self.pause = pause.saturating_mul(2);
+        Some(pause)
     }
 
-    fn finish(self, needed: u32, report: &mut Report) {
+    /// What is reported, and what the detector did. What `known` knows was
+    /// confirmed before: it is reported if it was seen at all.
+    #[must_use]
+    pub fn finish(self, known: &dyn Fn(&Finding) -> bool) -> (Vec<Finding>, DetectorReport) {
+        let needed = self.confirmation.needed;
         let mut seen: Vec<Seen> = self.seen.into_values().collect();
         seen.sort_by_key(|seen| seen.order);
-        let (confirmed, unconfirmed): (Vec<Seen>, Vec<Seen>) =
-            seen.into_iter().partition(|seen| seen.times >= needed);
+        let (confirmed, unconfirmed): (Vec<Seen>, Vec<Seen>) = seen
+            .into_iter()
+            .partition(|seen| seen.times >= needed || known(&seen.finding));
         let outcome = match self.error {
             Some(error) if !self.complete => Outcome::NotChecked(error.to_string()),
             _ => Outcome::Checked,
         };
-        report.detectors.push(DetectorReport {
+        let report = DetectorReport {
             detector: self.detector.name(),
             outcome,
             findings: confirmed.len(),
@@ -255,10 +283,9 @@ impl Run {
             dropped: self.dropped,
             looks: self.looks,
             time: self.time,
-        });
-        report
-            .findings
-            .extend(confirmed.into_iter().map(|seen| seen.finding));
+        };
+        let findings = confirmed.into_iter().map(|seen| seen.finding).collect();
+        (findings, report)
     }
 }
 

@@ -26,7 +26,7 @@ mod system_calls;
 mod tracing;
 mod usermode_helpers;
 
-pub use check::{Confirmation, DetectorReport, Outcome, Report, check};
+pub use check::{Confirmation, DetectorReport, Outcome, Report, Round, check};
 pub use detector::{DetectError, Detector};
 pub use finding::{Class, Evidence, Finding, Severity, Technique};
 pub use subject::Subject;

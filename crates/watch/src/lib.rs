@@ -9,13 +9,20 @@
 #![forbid(unsafe_code)]
 
 mod action;
+mod changes;
+mod coverage;
+mod engine;
 mod event;
 pub mod policy;
+mod reaction;
 mod record;
+mod schedule;
 mod sink;
 
 pub use action::{Action, Done, Refused, Responder};
+pub use engine::{Stop, Watched, watch};
 pub use event::{Event, Incident, Tally, TargetChange};
 pub use policy::{Policy, PolicyError};
+pub use reaction::{Reactions, Tell};
 pub use record::{EvidenceRecord, FindingRecord, ProcessSubject};
 pub use sink::{Sink, SinkError};
