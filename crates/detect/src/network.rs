@@ -1,10 +1,12 @@
 //! The detector `network`: who listens to the network as a whole.
 
-use secmon_guest::{Guest, Value};
+use std::collections::BTreeSet;
+
+use secmon_guest::{Guest, Text, Value};
 use secmon_memory::VirtualAddress;
 
 use crate::rows::{Fields, Parts, Rows};
-use crate::{Class, DetectError, Detector, Finding, Severity, Subject, Technique};
+use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Subject, Technique};
 
 const NAME: &str = "network";
 
@@ -38,9 +40,15 @@ const INTERFACES: &[&str] = &[
     "mac",
     "flags",
     "promiscuity",
+    "master",
+    "uppers",
     "namespace",
     "address",
 ];
+
+/// Kinds of interfaces that take all packets of those below them, which is what
+/// they are for.
+const TAKE_ALL: &[&[u8]] = &[b"bridge", b"openvswitch", b"macvlan", b"macvtap", b"batadv"];
 
 /// Finds raw and packet sockets, and interfaces that take all packets.
 pub(crate) struct Network;
@@ -52,7 +60,8 @@ impl Detector for Network {
 
     fn meaning(&self) -> &'static str {
         "Sockets that see packets of all programs, and interfaces that take packets for other \
-         machines. A raw socket is what ping and routing daemons have as well: information."
+         machines. A raw socket is what ping and routing daemons have as well, and a bridge takes \
+         all packets of its ports: information."
     }
 
     fn compares(&self) -> &'static str {
@@ -80,11 +89,15 @@ impl Detector for Network {
                 findings(finding);
             }
         }));
+        let mut uppers = Uppers::default();
+        let mut promiscuous = Vec::new();
         parts.note(Rows::of("interfaces", INTERFACES)?.read(guest, |row| {
-            if let Some(finding) = interface(&row) {
-                findings(finding);
-            }
+            uppers.note(&row);
+            promiscuous.extend(Promiscuous::of(&row));
         }));
+        for interface in promiscuous {
+            findings(interface.finding(&uppers));
+        }
         parts.finish()
     }
 }
@@ -144,33 +157,116 @@ fn socket(row: &Fields<'_>) -> Option<Finding> {
     )
 }
 
-fn interface(row: &Fields<'_>) -> Option<Finding> {
-    let users = row.number("promiscuity")?;
-    if users == 0 {
-        return None;
+/// The interfaces that take all packets of those below them, by address.
+#[derive(Default)]
+struct Uppers(BTreeSet<u64>);
+
+impl Uppers {
+    fn note(&mut self, row: &Fields<'_>) {
+        let by_kind = row
+            .text("kind")
+            .is_some_and(|kind| TAKE_ALL.contains(&kind));
+        // Whoever wants all packets of a VLAN or a bond gets those of what is
+        // below, and is told of by that.
+        let by_users = row.number("promiscuity").is_some_and(|users| users > 0);
+        if by_kind || by_users {
+            self.0.extend(row.number("address"));
+        }
     }
-    let address = VirtualAddress::new(row.number("address")?);
-    let Value::Text(name) = row.value("name") else {
-        return None;
-    };
-    let subject = Subject::Interface {
-        address,
-        name: name.clone(),
-    };
-    let summary = format!(
-        "interface {} takes packets for other machines, for {users} users",
-        name.to_display()
-    );
-    Some(
-        Finding::new(
-            NAME,
-            "promiscuous_interface",
-            Class::Suspicion,
-            Severity::Medium,
-            subject,
-            summary,
-        )
-        .technique(SNIFFING)
-        .evidence(row.evidence("interfaces", "the interface")),
-    )
+}
+
+/// An interface that takes all packets.
+struct Promiscuous {
+    address: VirtualAddress,
+    name: Text,
+    users: u64,
+    uppers: Vec<u64>,
+    evidence: Evidence,
+}
+
+impl Promiscuous {
+    fn of(row: &Fields<'_>) -> Option<Self> {
+        let users = row.number("promiscuity").filter(|users| *users > 0)?;
+        let Value::Text(name) = row.value("name") else {
+            return None;
+        };
+        let uppers = row.list("uppers").iter().filter_map(|upper| match upper {
+            Value::Address(address) => Some(*address),
+            _ => None,
+        });
+        Some(Self {
+            address: VirtualAddress::new(row.number("address")?),
+            name: name.clone(),
+            users,
+            uppers: uppers.collect(),
+            evidence: row.evidence("interfaces", "the interface"),
+        })
+    }
+
+    fn finding(self, known: &Uppers) -> Finding {
+        let explained = self.uppers.iter().filter(|upper| known.0.contains(upper));
+        let explained = explained.count() as u64;
+        let (what, class, severity, of) = match self.users <= explained {
+            true => (
+                "promiscuous_port",
+                Class::Information,
+                Severity::Low,
+                "for the interfaces above it",
+            ),
+            false => (
+                "promiscuous_interface",
+                Class::Suspicion,
+                Severity::Medium,
+                "for programs or the kernel",
+            ),
+        };
+        let summary = format!(
+            "interface {} takes packets for other machines, {of}: {} users",
+            self.name.to_display(),
+            self.users
+        );
+        let subject = Subject::Interface {
+            address: self.address,
+            name: self.name,
+        };
+        Finding::new(NAME, what, class, severity, subject, summary)
+            .technique(SNIFFING)
+            .evidence(self.evidence)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COLUMNS: &[&str] = &["name", "kind", "promiscuity", "uppers", "address"];
+
+    fn rows(kind: &str, users_of_upper: u64, users: u64) -> Finding {
+        let upper = [
+            Value::from("upper"),
+            kind.into(),
+            users_of_upper.into(),
+            Value::List(Box::default()),
+            Value::Address(0x1000),
+        ];
+        let lower = [
+            Value::from("eth0"),
+            Value::Null,
+            users.into(),
+            Value::List([Value::Address(0x1000)].into()),
+            Value::Address(0x2000),
+        ];
+        let mut uppers = Uppers::default();
+        uppers.note(&Fields::new(COLUMNS, &upper));
+        let lower = Promiscuous::of(&Fields::new(COLUMNS, &lower)).expect("promiscuous");
+        lower.finding(&uppers)
+    }
+
+    #[test]
+    fn a_bridge_takes_all_packets_of_its_port_and_nobody_else() {
+        assert_eq!(rows("bridge", 0, 1).class, Class::Information);
+        assert_eq!(rows("bridge", 0, 2).class, Class::Suspicion);
+        assert_eq!(rows("vlan", 0, 1).class, Class::Suspicion);
+        assert_eq!(rows("vlan", 1, 1).class, Class::Information);
+    }
 }

@@ -439,6 +439,8 @@ pub struct Interface {
     pub addresses: Vec<InterfaceAddress>,
     /// Index of the peer or lower interface, where told.
     pub link: Option<u32>,
+    /// Index of the bridge, bond or the like that it is a port of.
+    pub master: Option<u32>,
     /// Alias (`ifalias`), where set.
     pub alias: Option<ByteString>,
     /// Received bytes, packets, sent bytes, packets (`IFLA_STATS64`).

@@ -13,7 +13,12 @@ pub const INTERFACES: Check = Check {
         key: &["namespace", "index"],
     },
     selection: Selection::default,
-    expected: |truth| truth.interfaces.iter().map(expected).collect(),
+    expected: |truth| {
+        let all = &truth.interfaces;
+        all.iter()
+            .map(|interface| expected(interface, all))
+            .collect()
+    },
     beyond_truth: |_| false,
 };
 
@@ -39,7 +44,7 @@ const FLAGS: [(u32, &str); 18] = [
     (16, "LOWER_UP"),
 ];
 
-fn expected(interface: &Interface) -> ExpectedRow {
+fn expected(interface: &Interface, all: &[Interface]) -> ExpectedRow {
     const STATES: [&str; 7] = [
         "unknown",
         "notpresent",
@@ -75,6 +80,9 @@ fn expected(interface: &Interface) -> ExpectedRow {
         // Most drivers keep theirs to themselves.
         _ => Expected::Anything,
     };
+    let master = all.iter().find(|other| {
+        other.namespace == interface.namespace && Some(other.index) == interface.master
+    });
     let [received_bytes, received_packets, sent_bytes, sent_packets] = interface.counters;
     ExpectedRow::from([
         ("namespace", Expected::Exactly(interface.namespace.into())),
@@ -92,6 +100,13 @@ fn expected(interface: &Interface) -> ExpectedRow {
             Expected::Exactly(match interface.hardware_address.as_str() {
                 "" => Value::Null,
                 address => address.into(),
+            }),
+        ),
+        (
+            "master",
+            Expected::Exactly(match master {
+                Some(master) => Value::text(master.name.as_bytes()),
+                None => Value::Null,
             }),
         ),
         (

@@ -20,6 +20,8 @@ const MOST_DEVICES: usize = 1 << 16;
 const MOST_ADDRESSES: usize = 1 << 16;
 /// `MAX_ADDR_LEN`.
 const LONGEST_HARDWARE_ADDRESS: u64 = 32;
+/// `IFNAMSIZ`.
+const LONGEST_NAME: u64 = 16;
 /// Bytes of `rtnl_link_ops.kind` that are read.
 const LONGEST_KIND: usize = 64;
 
@@ -54,6 +56,17 @@ layout! {
         statistics_kind: "pcpu_stat_type",
         link_statistics: "lstats",
         namespace: "nd_net.net",
+        uppers: "adj_list.upper",
+    }
+}
+
+layout! {
+    /// `net/core/dev.h`, until Linux 6.1 `net/core/dev.c`: a device above
+    /// another one.
+    struct AdjacentLayout: "netdev_adjacent" {
+        device: "dev",
+        master: "master",
+        list: "list",
     }
 }
 
@@ -184,6 +197,15 @@ pub struct Counters {
     pub sent_packets: u64,
     /// Bytes sent.
     pub sent_bytes: u64,
+}
+
+/// A device above another one: a bridge over its ports, a VLAN over its link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Upper {
+    /// Where its `struct net_device` lies.
+    pub address: VirtualAddress,
+    /// Whether the other one is its port, and no device by itself any more.
+    pub is_master: bool,
 }
 
 /// A copy of a `struct net_device`.
@@ -345,6 +367,53 @@ impl Device {
         };
         let kind = guest.pointer(operations, &layout.kind)?;
         guest.space().read_c_string(kind, LONGEST_KIND).map(Some)
+    }
+
+    /// The devices above it; what can't be read becomes a diagnostic.
+    pub fn uppers(&self, guest: &Guest, table: &'static str) -> Vec<Upper> {
+        let (Some(member), Ok(layout)) = (
+            &self.model.layout.uppers,
+            guest.layout::<AdjacentLayout>(table),
+        ) else {
+            return Vec::new();
+        };
+        let subject = "net_device.adj_list.upper";
+        let head = self.address.wrapping_add(member.offset);
+        let read = |adjacent| -> Result<Upper, ReadError> {
+            Ok(Upper {
+                address: guest.pointer(adjacent, &layout.device)?,
+                is_master: guest.number(adjacent, &layout.master)? != 0,
+            })
+        };
+        let mut found = Vec::new();
+        for adjacent in entries(guest, table, subject, head, layout.list.offset).take(MOST_DEVICES)
+        {
+            match read(adjacent) {
+                Ok(upper) => found.push(upper),
+                Err(error) => guest.diagnostics().record(Diagnostic {
+                    table,
+                    subject: subject.to_owned(),
+                    address: Some(adjacent),
+                    reason: error.to_string(),
+                }),
+            }
+        }
+        found
+    }
+
+    /// The name of the bridge, bond or the like that it is a port of.
+    ///
+    /// # Errors
+    /// [`ReadError`] of the memory.
+    pub fn master(&self, guest: &Guest, table: &'static str) -> Result<Option<Vec<u8>>, ReadError> {
+        let uppers = self.uppers(guest, table);
+        let Some(master) = uppers.iter().find(|upper| upper.is_master) else {
+            return Ok(None);
+        };
+        let name = &self.model.layout.name;
+        let place = master.address.wrapping_add(name.offset);
+        let length = name.size.min(LONGEST_NAME) as usize;
+        guest.space().read_c_string(place, length).map(Some)
     }
 
     /// Its IPv4 addresses with their prefix lengths.

@@ -70,6 +70,28 @@ pub static INTERFACES: TableOf<Interface> = TableOf {
             },
         ),
         column(
+            "master",
+            Kind::Text,
+            Shown::OnRequest,
+            "The bridge, bond or the like that it is a port of; null if it is none.",
+            |guest, interface| {
+                Value::from_read(interface.device.master(guest, TABLE), |name| {
+                    name.map_or(Value::Null, Value::text)
+                })
+            },
+        ),
+        column(
+            "uppers",
+            Kind::List,
+            Shown::OnRequest,
+            "The addresses of the struct net_device of all interfaces above it: of its bridge, \
+             of VLANs.",
+            |guest, interface| {
+                let uppers = interface.device.uppers(guest, TABLE).into_iter();
+                Value::List(uppers.map(|upper| upper.address.into()).collect())
+            },
+        ),
+        column(
             "type",
             Kind::Text,
             Shown::OnRequest,

@@ -50,7 +50,8 @@ pub fn interfaces(failures: &mut Vec<String>) {
     });
     attempt(failures, "bridge", || {
         link("br0", "bridge", None, &[])?;
-        address("br0", "172.30.0.1", 16, None)
+        address("br0", "172.30.0.1", 16, None)?;
+        port("veth1", "br0")
     });
     attempt(failures, "vlan", || {
         let mut data = Vec::new();
@@ -159,6 +160,17 @@ pub fn address(name: &str, address: &str, prefix: u8, peer: Option<&str>) -> io:
 /// Switches an interface on.
 pub fn up(name: &str) -> io::Result<()> {
     set(&header(index(name)?, libc::IFF_UP as u32))
+}
+
+/// Makes an interface a port of a bridge.
+fn port(name: &str, bridge: &str) -> io::Result<()> {
+    let mut message = header(index(name)?, 0);
+    put_attribute(
+        &mut message,
+        libc::IFLA_MASTER,
+        &index(bridge)?.to_ne_bytes(),
+    );
+    set(&message)
 }
 
 fn rename(name: &str, new: &str) -> io::Result<()> {

@@ -63,6 +63,7 @@ fn interface(
         kind: None,
         addresses: addresses.remove(&index).unwrap_or_default(),
         link: None,
+        master: None,
         alias: None,
         counters: [0; 4],
     };
@@ -73,6 +74,7 @@ fn interface(
             libc::IFLA_IFNAME => interface.name = text(value),
             libc::IFLA_MTU => interface.mtu = word?,
             libc::IFLA_LINK => interface.link = word,
+            libc::IFLA_MASTER => interface.master = word,
             libc::IFLA_OPERSTATE => interface.operational_state = u32::from(*value.first()?),
             libc::IFLA_IFALIAS => interface.alias = Some(text(value)),
             libc::IFLA_ADDRESS => {
