@@ -16,6 +16,7 @@ use secmon_memory::VirtualAddress;
 
 use crate::code::{self, Target};
 use crate::detector::whole;
+use crate::rows::Parts;
 use crate::{Class, DetectError, Detector, Evidence, Finding, Severity, Subject, Technique};
 
 const NAME: &str = "kernel_pointers";
@@ -23,6 +24,8 @@ const NAME: &str = "kernel_pointers";
 const LARGEST_TABLE: u64 = 4096;
 /// `T1056.001`, keylogging.
 const KEYLOGGING: Technique = Technique::new("T1056.001");
+/// `T1562.001`, disabled or modified tools of defense.
+const IMPAIRED_DEFENSES: Technique = Technique::new("T1562.001");
 
 /// Finds pointers that lead to foreign code.
 pub struct KernelPointers;
@@ -41,8 +44,9 @@ impl Detector for KernelPointers {
     fn compares(&self) -> &'static str {
         "Every pointer in the kernel's read-only data and variables, and the callbacks in its \
          objects (notifier chains, binary formats, line disciplines, netfilter hooks, packet \
-         handlers, operations of protocols, timers, mounted file systems and their roots, entries \
-         of /proc), with the owners of \
+         handlers, operations of protocols and network devices, timers, work queues, kernel \
+         threads, performance events, security hooks, mounted file systems and their roots, \
+         entries of /proc), with the owners of \
          executable memory and the places where tables lie."
     }
 
@@ -52,7 +56,7 @@ impl Detector for KernelPointers {
     }
 
     fn techniques(&self) -> &'static [Technique] {
-        const TECHNIQUES: &[Technique] = &[Technique::ROOTKIT, KEYLOGGING];
+        const TECHNIQUES: &[Technique] = &[Technique::ROOTKIT, KEYLOGGING, IMPAIRED_DEFENSES];
         TECHNIQUES
     }
 
@@ -62,27 +66,32 @@ impl Detector for KernelPointers {
     }
 
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
-        let before = guest.diagnostics().recorded();
         let map = code::map(guest, NAME)?;
-        image::look(guest, &map, findings)?;
-        for callback in callbacks(guest, NAME)? {
-            if let Some(finding) = judge(guest, &map, &callback) {
+        let mut parts = Parts::default();
+        parts.note(image::look(guest, &map, findings));
+        let before = guest.diagnostics().recorded();
+        let callbacks = callbacks(guest, NAME);
+        for callback in &callbacks.found {
+            if let Some(finding) = judge(guest, &map, callback) {
                 findings(finding);
             }
         }
-        whole(guest, before, "kernel objects")
+        parts.note(callbacks.error.map_or(Ok(()), |error| Err(error.into())));
+        parts.note(whole(guest, before, "kernel objects"));
+        parts.finish()
     }
 }
 
 /// What is wrong with a callback, or worth knowing.
 fn judge(guest: &Guest, map: &CodeMap, callback: &Callback) -> Option<Finding> {
-    let again = guest.space().read_pointer(callback.location);
+    let (location, target) = (callback.location, callback.target);
+    // Read again: the object may have gone.
+    let stands = || guest.space().read_pointer(location) == Ok(target);
     match callback.leads_to {
         LeadsTo::Function => {
             let target = code::target(map, callback.target);
             if target.is_foreign() {
-                // Read again: the object may have gone.
-                return (again == Ok(callback.target)).then(|| {
+                return stands().then(|| {
                     finding(
                         guest,
                         map,
@@ -116,13 +125,31 @@ fn judge(guest: &Guest, map: &CodeMap, callback: &Callback) -> Option<Finding> {
                 Target::Owned(CodeOwner::Module { .. }) => "operation_into_module",
                 _ => return None,
             };
-            (again == Ok(callback.target))
-                .then(|| finding(guest, map, callback, name, &target.describe()))
+            stands().then(|| finding(guest, map, callback, name, &target.describe()))
         }
+        LeadsTo::SecurityHook => {
+            let target = code::target(map, callback.target);
+            let module = matches!(target, Target::Owned(CodeOwner::Module { .. }));
+            ((target.is_foreign() || module) && stands())
+                .then(|| security_hook(guest, map, callback, &target.describe()))
+        }
+        LeadsTo::SecurityRecord => {
+            let what = "an object outside of the kernel's image";
+            (!in_image(map, callback.target) && stands())
+                .then(|| security_hook(guest, map, callback, what))
+        }
+        LeadsTo::KernelTable(_) if !in_image(map, callback.target) => {
+            let what = match map.owner_of(callback.target) {
+                Some(owner) => owner.to_string(),
+                None => "memory that holds no operations table".to_owned(),
+            };
+            stands().then(|| finding(guest, map, callback, "operations_table_moved", &what))
+        }
+        LeadsTo::KernelTable(_) => None,
         LeadsTo::Table(bytes) => {
             if !holds_tables(map, callback.target) {
                 let what = "memory that holds no operations table".to_owned();
-                return (again == Ok(callback.target))
+                return stands()
                     .then(|| finding(guest, map, callback, "operations_table_moved", &what));
             }
             // Tables in the image are looked at there.
@@ -140,6 +167,11 @@ fn judge(guest: &Guest, map: &CodeMap, callback: &Callback) -> Option<Finding> {
                 .then(|| finding(guest, map, &inner, "callback_to_foreign_code", &what))
         }
     }
+}
+
+/// A hook of no security module of the kernel's.
+fn security_hook(guest: &Guest, map: &CodeMap, callback: &Callback, leads_to: &str) -> Finding {
+    finding(guest, map, callback, "security_hook", leads_to).technique(IMPAIRED_DEFENSES)
 }
 
 fn in_image(map: &CodeMap, address: VirtualAddress) -> bool {

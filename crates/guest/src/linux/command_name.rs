@@ -137,7 +137,7 @@ impl CommandNames {
 }
 
 /// The `kthread` of a kernel thread.
-fn kthread(guest: &Guest, task: &Task) -> Option<VirtualAddress> {
+pub(crate) fn kthread(guest: &Guest, task: &Task) -> Option<VirtualAddress> {
     let layout = &task.model().layout;
     let member = layout
         .worker_private

@@ -369,6 +369,16 @@ impl Types {
         })
     }
 
+    /// The direct members of the structure or union of that name.
+    ///
+    /// # Errors
+    /// [`TypeError`] if there is none, or a member leads to something that is no
+    /// type.
+    pub fn members(&self, structure: &str) -> Result<Vec<NamedMember>, TypeError> {
+        let id = self.named(structure).next();
+        self.members_of(TypeId(id.ok_or_else(|| unknown_type(structure))?))
+    }
+
     /// The direct members of a structure or union, empty for other types.
     ///
     /// # Errors

@@ -34,6 +34,14 @@ layout! {
 }
 
 layout! {
+    /// `include/net/hotdata.h`
+    struct HotLayout: "net_hotdata" {} optional {
+        /// From Linux 6.9 until handlers belong to namespaces.
+        all_packets: "ptype_all",
+    }
+}
+
+layout! {
     /// `include/linux/netfilter.h`
     struct HooksLayout: "nf_hook_entries" {
         count: "num_hook_entries",
@@ -157,6 +165,12 @@ pub(super) fn packet_handlers(walk: &mut Walk<'_>) -> Result<(), TableError> {
         heads.extend((0..HASH_SIZE).map(|bucket| ("ptype_base", base.wrapping_add(bucket * 16))));
     }
     heads.extend(guest.address("ptype_all").map(|head| ("ptype_all", head)));
+    if let Some(hot) = guest.address("net_hotdata")
+        && let Ok(layout) = guest.layout::<HotLayout>(table)
+        && let Some(member) = &layout.all_packets
+    {
+        heads.push(("ptype_all", hot.wrapping_add(member.offset)));
+    }
     let net = guest.layout::<NetLayout>(table)?;
     let members = [net.all_packets.as_ref(), net.some_packets.as_ref()];
     if members.iter().any(Option::is_some) {

@@ -1,4 +1,5 @@
-//! Timers (`kernel/time/timer.c`): those that wait in the wheels of each CPU.
+//! Timers (`kernel/time/timer.c`): those that wait in the wheels of each CPU,
+//! and the delayed work that waits for them.
 
 use secmon_memory::{ReadError, VirtualAddress};
 
@@ -22,6 +23,14 @@ layout! {
 }
 
 layout! {
+    /// `include/linux/workqueue_types.h`
+    struct DelayedLayout: "delayed_work" {
+        function: "work.func",
+        timer: "timer",
+    }
+}
+
+layout! {
     /// `include/linux/timer.h`
     struct TimerLayout: "timer_list" {
         entry: "entry",
@@ -37,6 +46,9 @@ pub(super) fn timers(walk: &mut Walk<'_>) -> Result<(), TableError> {
     };
     let wheel = guest.layout::<WheelLayout>(table)?;
     let timer = guest.layout::<TimerLayout>(table)?;
+    let delayed = guest.layout::<DelayedLayout>(table)?;
+    // The function of the timers that delayed work waits for.
+    let starts_work = guest.address("delayed_work_timer_fn");
     let cpus = PerCpu::read(guest, table)?;
     let name = Text::from("timer_bases");
     // How many wheels a CPU has depends on the kernel: up to the next symbol.
@@ -74,6 +86,18 @@ pub(super) fn timers(walk: &mut Walk<'_>) -> Result<(), TableError> {
                     let location = address.wrapping_add(timer.function.offset);
                     if let Err(error) = walk.add("timer_list", &name, location, LeadsTo::Function) {
                         walk.complain("timer_list", location, &error);
+                    }
+                    let last = walk.found.last();
+                    let waits = last.is_some_and(|last| {
+                        last.location == location && Some(last.target) == starts_work
+                    });
+                    if waits {
+                        let work = address.wrapping_sub(delayed.timer.offset);
+                        let location = work.wrapping_add(delayed.function.offset);
+                        let added = walk.add("delayed_work", &name, location, LeadsTo::Function);
+                        if let Err(error) = added {
+                            walk.complain("delayed_work", location, &error);
+                        }
                     }
                 }
             }
