@@ -14,6 +14,7 @@ use secmon_truth::{PORT_NAME, Workload};
 use crate::acceleration::Acceleration;
 use crate::emulator::Emulator;
 use crate::guest::{Folder, Guest, NotReady, Running};
+use crate::initramfs::Contents;
 use crate::kernel::Kernel;
 use crate::specimens::MARK;
 use crate::suite::Suite;
@@ -87,6 +88,7 @@ pub struct GuestBuilder {
     qemu_arguments: Vec<String>,
     workload: Workload,
     specimens: Option<PathBuf>,
+    tools: bool,
     marked: bool,
     acceleration: Option<Acceleration>,
     boot_timeout: Duration,
@@ -117,6 +119,7 @@ impl GuestBuilder {
             qemu_arguments: Vec::new(),
             workload: Workload::small(),
             specimens: None,
+            tools: false,
             marked: true,
             acceleration: None,
             boot_timeout: Duration::from_secs(300),
@@ -225,6 +228,14 @@ impl GuestBuilder {
         self
     }
 
+    /// Gives it ordinary programs of a distribution: those that tell what there
+    /// is, a compiler, a package manager.
+    #[must_use]
+    pub fn tools(mut self) -> Self {
+        self.tools = true;
+        self
+    }
+
     /// Leaves away the word on the kernel's command line without which no
     /// specimen loads, to see that none does.
     #[must_use]
@@ -294,7 +305,13 @@ impl GuestBuilder {
     }
 
     fn write_initramfs(&self, to: &Path, kernel: &Kernel) -> Result<()> {
-        initramfs::write(to, kernel, &self.workload, self.specimens.as_deref())
+        let contents = Contents {
+            kernel,
+            workload: &self.workload,
+            specimens: self.specimens.as_deref(),
+            tools: self.tools,
+        };
+        initramfs::write(to, &contents)
     }
 
     fn fetch_kernel(&self) -> Result<Kernel> {

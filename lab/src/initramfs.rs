@@ -55,6 +55,10 @@ const EXTRA_MODULES: &[&str] = &[
 /// Modules that specimens need.
 const SPECIMEN_MODULES: &[&str] = &["af_packet"];
 
+/// Modules that the tools of a distribution ask for, exact sockets for `ss`;
+/// and one to load and unload.
+const TOOL_MODULES: &[&str] = &["inet_diag", "tcp_diag", "udp_diag", "dummy"];
+
 /// Parameters by module.
 const PARAMETERS: &[(&str, &str)] = &[
     ("dummy", "numdummies=2"),
@@ -62,18 +66,30 @@ const PARAMETERS: &[(&str, &str)] = &[
     ("nbd", "nbds_max=2 max_part=4"),
 ];
 
+/// What a guest's initramfs is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Contents<'a> {
+    /// Its kernel, for the modules.
+    pub kernel: &'a Kernel,
+    /// What it does once it is up.
+    pub workload: &'a Workload,
+    /// A folder of modules that are loaded on command.
+    pub specimens: Option<&'a Path>,
+    /// Whether it has the programs of a distribution.
+    pub tools: bool,
+}
+
 /// Writes the initramfs for a guest.
 ///
 /// It isn't compressed: unpacking under emulation costs more than reading a
 /// few more MiB from a file that is in the page cache.
-///
-/// `specimens` is a folder of modules that are packed to be loaded on command.
-pub fn write(
-    to: &Path,
-    kernel: &Kernel,
-    workload: &Workload,
-    specimens: Option<&Path>,
-) -> Result<()> {
+pub fn write(to: &Path, contents: &Contents<'_>) -> Result<()> {
+    let Contents {
+        kernel,
+        workload,
+        specimens,
+        tools,
+    } = *contents;
     let mut archive = Initramfs::new();
     for folder in ["bin", "etc", "lib", "lib/modules", "dev", "proc", "sys"] {
         archive.add(folder, Entry::Folder)?;
@@ -92,6 +108,7 @@ pub fn write(
         ("rich", RICH_MODULES, workload.rich),
         ("extra", EXTRA_MODULES, workload.extra_modules),
         ("base", SPECIMEN_MODULES, specimens.is_some()),
+        ("base", TOOL_MODULES, tools),
     ] {
         if !wanted {
             continue;
@@ -123,6 +140,9 @@ pub fn write(
             let object = fs::read(folder.join(name))?;
             archive.add(&format!("lib/specimens/{name}"), Entry::File(&object))?;
         }
+    }
+    if tools {
+        crate::tools::pack(&mut archive)?;
     }
     archive.add("etc/modules", Entry::File(lines.as_bytes()))?;
     let bytes = archive.finish()?;

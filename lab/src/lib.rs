@@ -35,6 +35,7 @@ pub mod qmp;
 mod spawn;
 pub mod specimens;
 mod suite;
+mod tools;
 mod truth_channel;
 
 /// The rows of a guest's truth and the requests it answers.

@@ -7,6 +7,7 @@ use secmon_detect::{Technique, detectors};
 use secmon_lab::Suite;
 use secmon_lab::specimens::{ALL, How, Specimen, Verdict};
 
+use crate::detection::everywhere::Everywhere;
 use crate::detection::{Measured, Tried};
 
 /// The document.
@@ -36,6 +37,7 @@ pub fn text(measured: &[Measured]) -> String {
     costs(&mut text, measured);
     clean(&mut text, measured);
     specimens(&mut text, measured);
+    everywhere(&mut text, measured);
     text
 }
 
@@ -100,7 +102,8 @@ fn costs(text: &mut String, measured: &[Measured]) {
 fn clean(text: &mut String, measured: &[Measured]) {
     text.push_str(
         "\n## Clean guests\n\nAlarms in so many checks of a guest that has nothing to hide, all \
-         detectors each time.\n\n",
+         detectors each time. A check is not complete if something changed so fast that a \
+         detector could not read it to its end, which it says.\n\n",
     );
     heading(text, "load");
     let mut loads: Vec<&str> = Vec::new();
@@ -115,6 +118,11 @@ fn clean(text: &mut String, measured: &[Measured]) {
             let clean = of(measured, suite)
                 .and_then(|measured| measured.clean.iter().find(|clean| clean.load == load));
             let _ = match clean {
+                Some(clean) if clean.incomplete > 0 => write!(
+                    text,
+                    " {} in {} ({} not complete) |",
+                    clean.alarms, clean.checks, clean.incomplete
+                ),
                 Some(clean) => write!(text, " {} in {} |", clean.alarms, clean.checks),
                 None => write!(text, " – |"),
             };
@@ -158,6 +166,42 @@ fn specimens(text: &mut String, measured: &[Measured]) {
             let _ = write!(text, " {} |", there.map_or("–".into(), |_| cell(tried)));
         }
         text.push('\n');
+    }
+}
+
+/// Where the same was found.
+fn everywhere(text: &mut String, measured: &[Measured]) {
+    text.push_str(
+        "\n## The same from everywhere\n\nEach specimen is looked for in the running machine and in \
+         the bare image of its memory. Then as many as can stand beside each other are there \
+         together, and all findings with all their evidence are compared: of the machine, of an \
+         ELF dump of it, and of a monitoring VM beside it.\n\n\
+         | kernel | specimens found alike in machine and image | specimens at once | findings | \
+         all the same in |\n|---|---|---|---|---|\n",
+    );
+    for measured in measured {
+        let same = measured
+            .specimens
+            .iter()
+            .filter(|tried| tried.same_in_image);
+        let _ = write!(
+            text,
+            "| {} | {} of {} |",
+            measured.kernel,
+            same.count(),
+            measured.specimens.len()
+        );
+        let list = |each: &dyn Fn(&Everywhere) -> String| {
+            let parts: Vec<String> = measured.everywhere.iter().map(each).collect();
+            parts.join("; ")
+        };
+        let _ = writeln!(
+            text,
+            " {} | {} | {} |",
+            list(&|one| one.specimens.len().to_string()),
+            list(&|one| one.findings.to_string()),
+            list(&|one| one.same.join(", ")),
+        );
     }
 }
 

@@ -13,6 +13,8 @@ fn detection(suite: Suite) -> Result<()> {
     let effort = Effort {
         clean_checks: 2,
         look_for_unexpected: false,
+        // One with modules, one with edits.
+        monitor: matches!(suite, Suite::Bookworm | Suite::Sid),
     };
     let measured = measure(suite, effort)?;
     for tried in &measured.specimens {

@@ -121,6 +121,12 @@ impl<'a> Active<'a> {
         Ok(())
     }
 
+    /// The specimen's name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.specimen.name
+    }
+
     /// The process that was started for it.
     #[must_use]
     pub fn process(&self) -> Option<i32> {

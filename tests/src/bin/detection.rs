@@ -11,6 +11,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use secmon_lab::Suite;
@@ -37,17 +40,44 @@ fn main() -> Result<()> {
             run(Effort {
                 clean_checks,
                 look_for_unexpected: rest.is_empty(),
+                monitor: true,
             })
         }
         _ => bail!("usage: detection print | detection measure CHECKS [expected]"),
     }
 }
 
+/// How many guests run at a time: with one more, the checks wait for the
+/// guests' own work.
+const AT_ONCE: usize = 2;
+
 fn run(effort: Effort) -> Result<()> {
+    // Those that take longest first.
+    let waiting: Mutex<Vec<Suite>> = Mutex::new(Suite::ALL.to_vec());
+    let next = || {
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.pop()
+    };
+    let results = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(suite) = next() {
+                    let started = Instant::now();
+                    let measured = measure(suite, effort);
+                    println!("{suite}: {:.0} s", started.elapsed().as_secs_f64());
+                    let mut results = results.lock().unwrap_or_else(PoisonError::into_inner);
+                    results.push((suite, measured));
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|(suite, _)| Suite::ALL.iter().position(|known| known == suite));
     let mut all = Vec::new();
     let mut complaints = Vec::new();
-    for suite in Suite::ALL {
-        let measured = measure(suite, effort)?;
+    for (suite, measured) in results {
+        let measured = measured?;
         for tried in &measured.specimens {
             println!("{suite}: {tried:?}");
         }

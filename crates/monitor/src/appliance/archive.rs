@@ -28,6 +28,10 @@ impl Archive {
         let source = format!("deb {} {suite} main\n", archive_address()?);
         let list = folder.join("sources.list");
         fs::write(&list, source).map_err(ApplianceError::file(&list, "writing it"))?;
+        // What is installed on this machine, in a version that the suite may
+        // not have, counts for nothing.
+        let status = folder.join("status");
+        fs::write(&status, "").map_err(ApplianceError::file(&status, "writing it"))?;
         let archive = Self {
             folder: folder.to_owned(),
         };
@@ -100,6 +104,7 @@ impl Archive {
             ("Dir::Etc::sourcelist", self.folder.join("sources.list")),
             ("Dir::Etc::sourceparts", PathBuf::from("/dev/null")),
             ("Dir::State::lists", self.folder.join("lists")),
+            ("Dir::State::status", self.folder.join("status")),
             ("Dir::Cache", self.folder.join("cache")),
         ] {
             command

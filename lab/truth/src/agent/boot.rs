@@ -22,8 +22,12 @@ pub fn switch_root() -> io::Result<()> {
     let new = Path::new("/new");
     fs::create_dir(new)?;
     sys::mount("root", new, "tmpfs", 0, "mode=0755")?;
-    for name in ["init", "bin", "etc", "lib", "dev"] {
-        move_tree(&Path::new("/").join(name), &new.join(name))?;
+    for name in ["init", "bin", "etc", "lib", "lib64", "dev"] {
+        let from = Path::new("/").join(name);
+        // Only a guest with a distribution's programs has their loader.
+        if from.exists() {
+            move_tree(&from, &new.join(name))?;
+        }
     }
     fs::write(new.join(MARK.trim_start_matches('/')), "")?;
     std::env::set_current_dir(new)?;

@@ -9,6 +9,7 @@ mod busy;
 mod containers;
 mod files;
 mod identities;
+mod loads;
 mod mappings;
 mod mounts;
 mod names;

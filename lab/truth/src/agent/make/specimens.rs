@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use secmon_truth::Request;
 
-use super::{WORKER, bpf, programs, report, threads};
+use super::{WORKER, bpf, loads, programs, report, threads};
 use crate::agent::memory::{self, PAGE};
 use crate::agent::sys;
 
@@ -123,7 +123,7 @@ impl Specimens {
     }
 }
 
-fn unload(name: &str) -> io::Result<()> {
+pub(super) fn unload(name: &str) -> io::Result<()> {
     let start = Instant::now();
     // Whatever just left the module may still hold it.
     loop {
@@ -269,20 +269,7 @@ fn stand(role: &str) -> io::Result<()> {
             std::env::set_current_dir("/")
         }
         "filter-program" => bpf::filtered_socket(5006),
-        "module-loop" => {
-            // The answer comes from the process that rests; this one works.
-            sys::fork(|| {
-                loop {
-                    let Ok(module) = File::open("/lib/specimens/resident.ko") else {
-                        return;
-                    };
-                    let _ = sys::load_module(module.as_raw_fd(), "");
-                    let _ = unload("resident");
-                }
-            })
-            .map(drop)
-        }
-        _ => Err(io::Error::other(format!("no role {role}"))),
+        _ => loads::start(role).unwrap_or_else(|| Err(io::Error::other(format!("no role {role}")))),
     }
 }
 

@@ -1,6 +1,9 @@
 //! What the detectors say of a guest that is clean, and of each specimen in
 //! it.
 
+pub mod everywhere;
+mod loads;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
@@ -9,16 +12,13 @@ use anyhow::{Context, Result};
 use secmon_detect::{Class, Confirmation, Detector, Outcome, Report, detectors};
 use secmon_guest::Guest as Watched;
 use secmon_lab::specimens::{self, Active, Edit, How, Specimen, Verdict};
-use secmon_lab::{Guest, Kernel, Suite};
+use secmon_lab::{Guest, Kernel, MonitorVm, Suite};
 use serde::{Deserialize, Serialize};
 
 use crate::memory_edits::Edited;
 use crate::open::{self, Opened};
-
-/// Files of the kernel's tracing.
-const TRACING: &str = "/sys/kernel/tracing";
-/// What is traced: a function that hardly anything calls.
-const TRACED: &str = "__x64_sys_getpgid";
+use everywhere::Everywhere;
+use loads::LOADS;
 
 /// How much is done.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +28,8 @@ pub struct Effort {
     /// Whether all detectors look at each specimen, to learn what else finds
     /// it, or only the one that is said to.
     pub look_for_unexpected: bool,
+    /// Whether a monitoring VM looks at the guest as well.
+    pub monitor: bool,
 }
 
 /// What was measured at one kernel.
@@ -43,6 +45,9 @@ pub struct Measured {
     pub detectors: Vec<(String, f64)>,
     /// Detectors that could not work here, and why.
     pub not_checked: Vec<String>,
+    /// Many specimens at once, looked at from everywhere.
+    #[serde(default)]
+    pub everywhere: Vec<Everywhere>,
     /// What is not as it has to be.
     #[serde(skip)]
     pub complaints: Vec<String>,
@@ -57,6 +62,9 @@ pub struct Clean {
     pub checks: u32,
     /// How many findings there were that are more than information.
     pub alarms: u64,
+    /// In how many checks a detector could not look to the end.
+    #[serde(default)]
+    pub incomplete: u64,
 }
 
 /// One specimen.
@@ -69,6 +77,9 @@ pub struct Tried {
     pub found: Option<(String, f64)>,
     /// What else was found, `detector/finding`.
     pub besides: Vec<String>,
+    /// Whether the same was found in an image of the guest's memory.
+    #[serde(default)]
+    pub same_in_image: bool,
 }
 
 /// Boots a guest of the suite and tries everything.
@@ -79,7 +90,10 @@ pub struct Tried {
 /// complaints.
 pub fn measure(suite: Suite, effort: Effort) -> Result<Measured> {
     let kernel = Kernel::fetch(suite)?;
-    let mut builder = Guest::builder(suite).kernel(kernel.clone()).vcpus(1);
+    let mut builder = Guest::builder(suite)
+        .kernel(kernel.clone())
+        .vcpus(1)
+        .tools();
     if Specimen::of(suite).any(Specimen::needs_modules) {
         builder = builder.specimens(specimens::modules(suite, &kernel)?);
     }
@@ -94,18 +108,28 @@ pub fn measure(suite: Suite, effort: Effort) -> Result<Measured> {
             specimens: Vec::new(),
             detectors: Vec::new(),
             not_checked: Vec::new(),
+            everywhere: Vec::new(),
             complaints: Vec::new(),
         },
     };
     bench.clean(&opened)?;
+    let image = open::image(&lab.ram_file().context("a RAM file")?)?;
+    let monitor = effort.monitor.then(|| everywhere::monitor(&lab));
+    let monitor = monitor.transpose()?;
+    let places = Places {
+        live: &opened,
+        image: &image,
+        monitor: monitor.as_ref(),
+    };
     for specimen in Specimen::of(suite) {
         if !matches!(specimen.how, How::MemoryEdit(_)) {
             bench
-                .try_one(&opened, specimen)
+                .try_one(places, specimen)
                 .with_context(|| format!("{suite}, the specimen {}", specimen.name))?;
         }
     }
-    bench.try_edits(suite)?;
+    bench.try_many(suite, places)?;
+    bench.try_edits(suite, places)?;
     Ok(bench.measured)
 }
 
@@ -129,6 +153,25 @@ fn names(report: &Report, only_alarms: bool) -> BTreeSet<String> {
         .collect()
 }
 
+/// Each finding with what it is about.
+fn subjects(report: &Report) -> BTreeSet<(&'static str, &'static str, String)> {
+    let findings = report.findings.iter();
+    findings
+        .map(|finding| (finding.detector, finding.name, finding.subject.key()))
+        .collect()
+}
+
+/// Where the guest's memory is read.
+#[derive(Clone, Copy)]
+struct Places<'a> {
+    /// The machine as it is.
+    live: &'a Opened,
+    /// The file of its memory, taken for an image.
+    image: &'a Opened,
+    /// A monitoring VM beside it.
+    monitor: Option<&'a MonitorVm>,
+}
+
 struct Bench<'a> {
     lab: &'a Guest,
     effort: Effort,
@@ -148,36 +191,31 @@ impl Bench<'_> {
             }
         }
         let truth = self.lab.truth();
-        self.load("idle", opened)?;
-        truth.resume_busy()?;
-        self.load("processes, threads, files and sockets come and go", opened)?;
-        truth.pause_busy()?;
-        if truth.exists("/lib/specimens")? {
-            truth.start_role("module-loop")?;
-            self.load("a module is loaded and unloaded", opened)?;
-            truth.stop_role("module-loop")?;
-            // It may have ended between the two.
-            let _ = truth.unload_module("resident");
+        for load in LOADS {
+            load.begin(truth)
+                .with_context(|| format!("starting the load: {}", load.name))?;
+            self.load(load.name, opened)?;
+            load.end(truth)
+                .with_context(|| format!("ending the load: {}", load.name))?;
         }
-        let write = |file: &str, text: &str| truth.write_file(&format!("{TRACING}/{file}"), text);
-        write("set_ftrace_filter", TRACED)?;
-        write("current_tracer", "function")?;
-        self.load("ftrace traces a function", opened)?;
-        write("current_tracer", "nop")?;
-        write("kprobe_events", &format!("p:lab/lab_probe {TRACED}"))?;
-        write("events/lab/lab_probe/enable", "1")?;
-        self.load("a kprobe is set through tracefs", opened)?;
-        write("events/lab/lab_probe/enable", "0")?;
-        write("kprobe_events", "-:lab/lab_probe")?;
-        truth.start_role("filter-program")?;
-        self.load("an eBPF program filters a socket", opened)?;
-        truth.stop_role("filter-program")
+        Ok(())
     }
 
     fn load(&mut self, load: &str, opened: &Opened) -> Result<()> {
-        let mut alarms = 0;
+        let (mut alarms, mut incomplete) = (0, 0);
         for _ in 0..self.effort.clean_checks {
             let report = check(&opened.guest(), detectors());
+            if !report.is_complete() {
+                incomplete += 1;
+                for detector in &report.detectors {
+                    if let Outcome::NotChecked(why) = &detector.outcome {
+                        println!(
+                            "{}, {load}: {}: {why}",
+                            self.measured.kernel, detector.detector
+                        );
+                    }
+                }
+            }
             let found = report.findings.iter().filter(|one| one.class.is_alarm());
             for finding in found {
                 alarms += 1;
@@ -188,6 +226,7 @@ impl Bench<'_> {
             load: load.to_owned(),
             checks: self.effort.clean_checks,
             alarms,
+            incomplete,
         });
         Ok(())
     }
@@ -201,20 +240,57 @@ impl Bench<'_> {
         }
     }
 
-    fn try_one(&mut self, opened: &Opened, specimen: &Specimen) -> Result<()> {
+    fn try_one(&mut self, places: Places<'_>, specimen: &Specimen) -> Result<()> {
         let mut active = Active::start(self.lab, specimen)?;
         active.check_shown(true)?;
         let looking = self.looking(specimen);
         if !looking.is_empty() {
-            self.judge(specimen, &check(&opened.guest(), &looking));
+            let report = check(&places.live.guest(), &looking);
+            let lab = self.lab;
+            // The machine and its bare memory, at the same moment.
+            let (live, image) = lab.while_stopped(|_| {
+                let live = subjects(&check(&places.live.guest(), &looking));
+                Ok((live, subjects(&check(&places.image.guest(), &looking))))
+            })?;
+            if live != image {
+                self.complain(&format!(
+                    "{}: the machine has {live:?}, its image {image:?}",
+                    specimen.name
+                ));
+            }
+            self.judge(specimen, &report, live == image);
         }
         active.take_back()?;
         if matches!(specimen.how, How::Module(_)) {
             active.check_shown(false)?;
         }
         active.end()?;
-        self.silent_after(&opened.guest(), specimen);
+        self.silent_after(&places.live.guest(), specimen);
         Ok(())
+    }
+
+    /// Many specimens at once, looked at from everywhere.
+    fn try_many(&mut self, suite: Suite, places: Places<'_>) -> Result<()> {
+        let active = everywhere::start_many(self.lab, suite)?;
+        let names = active.iter().map(|one| one.name().to_owned()).collect();
+        let lab = self.lab;
+        let everywhere = lab
+            .while_stopped(|qmp| everywhere::look(lab, qmp, places.live, names, places.monitor))?;
+        for one in active.into_iter().rev() {
+            one.end()?;
+        }
+        self.note_everywhere(everywhere);
+        Ok(())
+    }
+
+    fn note_everywhere(&mut self, everywhere: Everywhere) {
+        for difference in &everywhere.differences {
+            self.complain(difference);
+        }
+        if everywhere.findings < everywhere.specimens.len() {
+            self.complain(&format!("too few findings: {everywhere:?}"));
+        }
+        self.measured.everywhere.push(everywhere);
     }
 
     /// The detectors that look at a specimen.
@@ -235,7 +311,7 @@ impl Bench<'_> {
         }
     }
 
-    fn judge(&mut self, specimen: &Specimen, report: &Report) {
+    fn judge(&mut self, specimen: &Specimen, report: &Report, same_in_image: bool) {
         let expected = &specimen.expected;
         let mut besides = names(report, false);
         let mut found = None;
@@ -270,11 +346,12 @@ impl Bench<'_> {
             name: specimen.name.to_owned(),
             found,
             besides: besides.into_iter().collect(),
+            same_in_image,
         });
     }
 
     /// All edits, while the guest stands still: it never sees one.
-    fn try_edits(&mut self, suite: Suite) -> Result<()> {
+    fn try_edits(&mut self, suite: Suite, places: Places<'_>) -> Result<()> {
         let edits: Vec<(&Specimen, Edit)> = Specimen::of(suite)
             .filter_map(|specimen| match specimen.how {
                 How::MemoryEdit(edit) => Some((specimen, edit)),
@@ -288,12 +365,22 @@ impl Bench<'_> {
         let pid = *threads.first().context("a process")?;
         let ram = self.lab.ram_file().context("a RAM file")?;
         let lab = self.lab;
-        lab.while_stopped(|_| {
-            let opened = open::image(&ram)?;
-            for (specimen, edit) in edits {
-                self.try_edit(&opened, &ram, specimen, edit, pid)
+        lab.while_stopped(|qmp| {
+            for (specimen, edit) in &edits {
+                self.try_edit(places, &ram, specimen, *edit, pid)
                     .with_context(|| format!("{suite}, the edit {}", specimen.name))?;
             }
+            let together = edits.iter().filter(|(_, edit)| stands_with_others(*edit));
+            let mut edited = Vec::new();
+            let mut names = Vec::new();
+            for (specimen, edit) in together {
+                edited.push(Edited::make(places.image, &ram, *edit, pid)?);
+                names.push(specimen.name.to_owned());
+            }
+            let everywhere = everywhere::look(lab, qmp, places.live, names, places.monitor)?;
+            // What was written last is taken back first.
+            while edited.pop().is_some() {}
+            self.note_everywhere(everywhere);
             Ok(())
         })?;
         self.lab.truth().stop_role("ordinary")
@@ -301,21 +388,40 @@ impl Bench<'_> {
 
     fn try_edit(
         &mut self,
-        opened: &Opened,
+        places: Places<'_>,
         ram: &Path,
         specimen: &Specimen,
         edit: Edit,
         pid: i32,
     ) -> Result<()> {
-        let edited = Edited::make(opened, ram, edit, pid)?;
+        let edited = Edited::make(places.image, ram, edit, pid)?;
         let looking = self.looking(specimen);
         if !looking.is_empty() {
-            self.judge(specimen, &check(&opened.guest(), &looking));
+            let report = check(&places.image.guest(), &looking);
+            let (image, live) = (subjects(&report), check(&places.live.guest(), &looking));
+            let live = subjects(&live);
+            if live != image {
+                self.complain(&format!(
+                    "{}: the machine has {live:?}, its image {image:?}",
+                    specimen.name
+                ));
+            }
+            self.judge(specimen, &report, live == image);
         }
         drop(edited);
-        self.silent_after(&opened.guest(), specimen);
+        self.silent_after(&places.image.guest(), specimen);
         Ok(())
     }
+}
+
+/// Whether an edit can stand beside all others of the same guest: not one that
+/// keeps the lab from finding what others are made to, nor one of credentials
+/// that are then another process's.
+fn stands_with_others(edit: Edit) -> bool {
+    !matches!(
+        edit,
+        Edit::UnlinkTask | Edit::UnlinkModule | Edit::ShareCredentials
+    )
 }
 
 fn milliseconds(time: Duration) -> f64 {
