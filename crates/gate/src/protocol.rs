@@ -27,6 +27,10 @@ pub const MAX_READ: u32 = 1024;
 /// The most bytes one [`Request::WriteMemory`] may carry.
 pub const MAX_WRITE: usize = 1024;
 
+/// The most places in memory, and the most registers, of one
+/// [`Request::Alter`].
+pub const MAX_ALTER: usize = 16;
+
 /// A right over a target that a grant can give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -215,6 +219,8 @@ pub enum Request {
     Stop,
     /// Let it run after [`Request::Stop`].
     Start,
+    /// The names of the target's network devices.
+    NetworkDevices,
     /// Switch a network device's link.
     Link {
         /// QEMU's name of the device or its backend.
@@ -253,6 +259,20 @@ pub enum Request {
         /// The new bytes.
         bytes: Bytes,
     },
+    /// Change memory and registers of a vCPU that this monitor holds, as one:
+    /// all of it while the vCPU stands at `at`, or nothing. Memory comes first,
+    /// then registers, both in their order.
+    Alter {
+        /// The vCPU, from 0.
+        vcpu: u32,
+        /// What `rip` must be.
+        at: u64,
+        /// Guest physical addresses and their new bytes, up to [`MAX_ALTER`] of
+        /// up to [`MAX_WRITE`] bytes in all.
+        memory: Vec<(u64, Bytes)>,
+        /// Registers and their new values, up to [`MAX_ALTER`].
+        registers: Vec<(Register, u64)>,
+    },
 }
 
 /// A network link's state.
@@ -281,11 +301,14 @@ impl Request {
             | Self::Step { .. } => Right::Trace,
             Self::Stop
             | Self::Start
+            | Self::NetworkDevices
             | Self::Link { .. }
             | Self::Dump { .. }
             | Self::Reset
             | Self::Quit => Right::Respond,
-            Self::WriteRegister { .. } | Self::WriteMemory { .. } => Right::Control,
+            Self::WriteRegister { .. } | Self::WriteMemory { .. } | Self::Alter { .. } => {
+                Right::Control
+            }
         }
     }
 
@@ -337,6 +360,8 @@ pub enum Answer {
     Registers(Box<Registers>),
     /// To [`Request::ReadMemory`].
     Memory(Bytes),
+    /// To [`Request::NetworkDevices`].
+    NetworkDevices(Vec<String>),
     /// To [`Request::Dump`].
     Dumped {
         /// The file's name in the gate's folder.

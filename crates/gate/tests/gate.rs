@@ -144,6 +144,17 @@ fn rights_that_are_granted_work() {
         device: "net0".to_owned(),
         state,
     };
+    let devices = monitor.ask(Request::NetworkDevices);
+    let Ok(Answer::NetworkDevices(devices)) = devices else {
+        panic!("{devices:?}");
+    };
+    let [device] = devices.as_slice() else {
+        panic!("{devices:?}");
+    };
+    for state in [LinkState::Down, LinkState::Up] {
+        let device = device.clone();
+        monitor.done(Request::Link { device, state });
+    }
     monitor.done(link(LinkState::Down));
     monitor.done(link(LinkState::Up));
     let none = Request::Link {
@@ -192,7 +203,34 @@ fn rights_that_are_granted_work() {
         panic!("no registers");
     };
     assert_eq!(registers.rsi, 0x1234_5678);
+    // As one, where the vCPU stands and nowhere else.
+    let alter = |at: u64| Request::Alter {
+        vcpu: 1,
+        at,
+        memory: vec![(0x510, Bytes(b"one".to_vec()))],
+        registers: vec![(Register::Rsi, 1), (Register::Rdi, 2)],
+    };
+    let elsewhere = monitor.ask(alter(registers.rip ^ 1));
+    assert!(
+        matches!(elsewhere, Err(Refusal::Failed(_))),
+        "{elsewhere:?}"
+    );
+    monitor.ask(PAUSE).expect("granted");
+    monitor.done(alter(registers.rip));
+    let altered = monitor.ask(Request::Registers { vcpu: 1 });
+    let Ok(Answer::Registers(altered)) = altered else {
+        panic!("{altered:?}");
+    };
+    assert_eq!((altered.rsi, altered.rdi), (1, 2));
+    let mut written = [0; 3];
+    use std::os::unix::fs::FileExt as _;
+    target
+        .ram()
+        .read_exact_at(&mut written, 0x510)
+        .expect("RAM");
+    assert_eq!(&written, b"one");
     monitor.done(Request::Resume);
+    assert_eq!(monitor.ask(alter(registers.rip)), Err(Refusal::NotHeld));
     assert!(target.runs_within(PATIENCE));
 
     monitor.done(Request::Reset);
@@ -239,6 +277,7 @@ fn rights_that_are_not_granted_are_denied_and_logged() {
         (Right::Trace, Request::Step { vcpu: 0 }),
         (Right::Respond, Request::Stop),
         (Right::Respond, Request::Start),
+        (Right::Respond, Request::NetworkDevices),
         (Right::Respond, link()),
         (Right::Respond, dump()),
         (Right::Respond, Request::Reset),
@@ -258,6 +297,15 @@ fn rights_that_are_not_granted_are_denied_and_logged() {
                 kind: AddressKind::Physical,
                 address: 0x1000,
                 bytes: Bytes(vec![0; 64]),
+            },
+        ),
+        (
+            Right::Control,
+            Request::Alter {
+                vcpu: 0,
+                at: 0,
+                memory: Vec::new(),
+                registers: vec![(Register::Rip, 0)],
             },
         ),
     ];

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use super::{Outcome, SessionId, Steward};
 use crate::protocol::{
-    AddressKind, Answer, Breakpoint, BreakpointKind, Bytes, MAX_READ, MAX_WRITE, Refusal,
-    ReleaseReason, Request, Status, TargetState,
+    AddressKind, Answer, Breakpoint, BreakpointKind, Bytes, MAX_ALTER, MAX_READ, MAX_WRITE,
+    Refusal, ReleaseReason, Request, Status, TargetState,
 };
 use crate::target::Target;
 
@@ -108,6 +108,10 @@ impl Steward {
                 self.with_target(Target::start)?;
                 Ok(Answer::Done)
             }
+            Request::NetworkDevices => {
+                let devices = self.with_target(Target::network_devices)?;
+                Ok(Answer::NetworkDevices(devices))
+            }
             Request::Link { device, state } => {
                 check_device(&device)?;
                 self.with_target(|target| target.set_link(&device, state))?;
@@ -136,6 +140,24 @@ impl Steward {
                 }
                 let physical = kind == AddressKind::Physical;
                 self.with_target(|target| target.write_memory(vcpu, physical, address, bytes))?;
+                Ok(Answer::Done)
+            }
+            Request::Alter {
+                vcpu,
+                at,
+                memory,
+                registers,
+            } => {
+                if self.session(id)?.hold.is_none() || !self.target.is_stopped_by_gate() {
+                    return Err(Refusal::NotHeld);
+                }
+                let bytes: usize = memory.iter().map(|(_, bytes)| bytes.0.len()).sum();
+                if memory.len().max(registers.len()) > MAX_ALTER || bytes > MAX_WRITE {
+                    let reason =
+                        format!("more than {MAX_ALTER} changes or {MAX_WRITE} bytes at once");
+                    return Err(Refusal::Invalid(reason));
+                }
+                self.with_target(|target| target.alter(vcpu, at, memory, &registers))?;
                 Ok(Answer::Done)
             }
             // It is begun elsewhere, as its answer comes later.

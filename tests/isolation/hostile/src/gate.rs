@@ -212,6 +212,7 @@ fn requests(door: &Door, report: &mut Report) -> Result<()> {
         Request::Step { vcpu },
         Request::Stop,
         Request::Start,
+        Request::NetworkDevices,
         Request::Link {
             device: "net0".to_owned(),
             state: LinkState::Down,
@@ -232,6 +233,12 @@ fn requests(door: &Door, report: &mut Report) -> Result<()> {
             kind,
             address,
             bytes: Bytes(vec![0xcc; 16]),
+        },
+        Request::Alter {
+            vcpu,
+            at: 0,
+            memory: vec![(address, Bytes(vec![0xcc; 16]))],
+            registers: vec![(Register::Rip, 0)],
         },
     ];
     let mut client = door.client()?;
