@@ -13,6 +13,7 @@ use crate::check::CheckArguments;
 use crate::gate::GateArguments;
 use crate::location::Location;
 use crate::monitor::arguments::MonitorCommand;
+use crate::respond::RespondArguments;
 
 /// How rows are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -279,6 +280,12 @@ pub enum BuiltIn {
     /// monitors, lets each do what a grant file gives it, and logs every use.
     #[command(after_long_help = crate::gate::EXAMPLES)]
     Gate(Box<GateArguments>),
+
+    /// Act on a target through its gate: pause, network, dump, end a process
+    ///
+    /// The gate does what its grant file gives to the own key, and logs it.
+    #[command(after_long_help = crate::respond::EXAMPLES)]
+    Respond(Box<RespondArguments>),
 
     /// The monitoring VM: start it beside targets, ask it, end it
     #[command(subcommand)]

@@ -22,6 +22,7 @@ mod monitor;
 mod output;
 mod query;
 mod report;
+mod respond;
 mod session;
 mod targets;
 
@@ -112,6 +113,7 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
         BuiltIn::Completions { shell } => documents::completions(shell),
         BuiltIn::Man { output } => documents::man(output.as_deref()),
         BuiltIn::Gate(arguments) => gate::gate(&arguments, common.target.as_deref(), reporter),
+        BuiltIn::Respond(arguments) => respond::respond(&session, &arguments, format),
         BuiltIn::Monitor(command) => monitor::run(&command, common, reporter),
         BuiltIn::Read(arguments) => read(&session, &arguments, format),
         BuiltIn::Translate(arguments) => translate(&session, &arguments, format),

@@ -32,6 +32,24 @@ pub enum RespondError {
         /// Why.
         source: ClientError,
     },
+    /// There is no session with a gate.
+    #[error("no gate: {0}")]
+    NoGate(String),
+    /// The finding is not about a process.
+    #[error("the finding is about {about}, not about a process that could be ended")]
+    NoProcess {
+        /// What it is about.
+        about: String,
+    },
+    /// The guest's kernel is not known at this moment.
+    #[error("the guest's kernel is not known at this moment")]
+    NoGuest,
+    /// There was a dump a moment ago.
+    #[error("the last dump is too new; another one in {seconds} s at the earliest")]
+    TooSoon {
+        /// How long it is until another.
+        seconds: u64,
+    },
     /// There is nothing to switch.
     #[error("the target has no network device that QEMU knows of")]
     NoNetwork,

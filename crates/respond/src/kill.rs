@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 
 use secmon_gate::client::{ClientError, GateClient};
 use secmon_gate::protocol::{
-    Answer, Breakpoint, BreakpointKind, Event, Refusal, Registers, Request,
+    AddressKind, Answer, Breakpoint, BreakpointKind, Event, MAX_READ, Refusal, Registers, Request,
 };
 use secmon_guest::Guest;
+use secmon_memory::PAGE_SIZE;
 
 use crate::actions::{ANSWER, done, unexpected};
 use crate::place::{Call, Functions, change};
@@ -132,6 +133,7 @@ fn call_in_guest(
             break;
         };
         // The guest stands still: what is read now stays so until the change.
+        same_target(client, guest, vcpu, victim)?;
         let task = victim.check(guest)?;
         let call = Call {
             function: functions.send_signal,
@@ -160,6 +162,39 @@ fn call_in_guest(
         }
     }
     Err(RespondError::Unsuited(unsuited))
+}
+
+/// That the gate's target is the one whose memory is read: what the scheduler
+/// counts in the process's task, in nanoseconds, is the same in both.
+fn same_target(
+    client: &mut GateClient,
+    guest: &Guest,
+    vcpu: u32,
+    victim: &Victim,
+) -> Result<(), RespondError> {
+    let place = guest.space().translate(victim.task);
+    let place = place.map_err(|error| RespondError::Unsuited(error.to_string()))?;
+    let address = place.physical.as_u64();
+    let in_page = PAGE_SIZE - address % PAGE_SIZE;
+    let length = u64::from(MAX_READ).min(in_page);
+    let read = Request::ReadMemory {
+        vcpu,
+        kind: AddressKind::Physical,
+        address,
+        length: u32::try_from(length).unwrap_or(MAX_READ),
+    };
+    let theirs = match client.ask(read, ANSWER)? {
+        Answer::Memory(bytes) => bytes.0,
+        other => return Err(unexpected(&other)),
+    };
+    let mut ours = vec![0; theirs.len()];
+    let read = guest.space().memory().read(place.physical, &mut ours);
+    if read.is_ok() && ours == theirs {
+        Ok(())
+    } else {
+        let reason = "the gate's target is another one than that whose memory is read";
+        Err(RespondError::Unsuited(reason.to_owned()))
+    }
 }
 
 fn registers_of(client: &mut GateClient, vcpu: u32) -> Result<Registers, RespondError> {

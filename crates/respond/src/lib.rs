@@ -11,10 +11,17 @@
 mod actions;
 mod error;
 mod kill;
+mod line;
 mod place;
+mod responder;
 mod victim;
 
 pub use actions::{Dumped, connect_network, disconnect_network, dump, pause, resume};
 pub use error::RespondError;
 pub use kill::{Killed, Patience, kill};
+pub use line::{Connect, Line, Session, Work};
+pub use responder::{
+    CurrentGuest, GateResponder, connect_work, disconnect_work, dump_name, dump_work, kill_work,
+    pause_work, resume_work,
+};
 pub use victim::{Victim, VictimError};

@@ -25,6 +25,7 @@ const MANIFESTS: &[(&str, &str)] = &[
         include_str!("../../../channel/Cargo.toml"),
     ),
     ("secmon-detect", include_str!("../../../detect/Cargo.toml")),
+    ("secmon-watch", include_str!("../../../watch/Cargo.toml")),
     ("secmon-guest", include_str!("../../../guest/Cargo.toml")),
     (
         "secmon-profile",
@@ -36,6 +37,10 @@ const MANIFESTS: &[(&str, &str)] = &[
     ),
     ("secmon-memory", include_str!("../../../memory/Cargo.toml")),
     ("secmon-gate", include_str!("../../../gate/Cargo.toml")),
+    (
+        "secmon-respond",
+        include_str!("../../../respond/Cargo.toml"),
+    ),
     (
         "secmon-sandbox",
         include_str!("../../../sandbox/Cargo.toml"),

@@ -1,5 +1,7 @@
 //! `secmon gate` as a user runs it, over a real QEMU.
 
+mod respond;
+
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
