@@ -154,7 +154,7 @@ impl Watched {
             assert!(said.contains("was ended"), "{name}: {said}");
             before.remove(&pid);
             let after = self.processes();
-            for neighbour in before.iter() {
+            for neighbour in &before {
                 assert!(
                     after.contains_key(neighbour.0),
                     "{neighbour:?} ended with {name}"
