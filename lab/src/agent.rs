@@ -81,7 +81,9 @@ fn static_program(manifest: &Path, binary: &str, profile: &[(&str, &str)]) -> Re
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(&cargo);
     command
-        .args(["build", "--quiet", "--release", "--target", TARGET])
+        // Of the program: without what takes events on a host.
+        .args(["build", "--quiet", "--release", "--no-default-features"])
+        .args(["--target", TARGET])
         .arg("--manifest-path")
         .arg(manifest)
         .arg("--target-dir")

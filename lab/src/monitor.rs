@@ -108,6 +108,23 @@ impl MonitorVm {
         Self::start_with(emulator, image, &targets, None)
     }
 
+    /// As [`start`](Self::start), with a policy by which it watches the guests.
+    ///
+    /// # Errors
+    /// If QEMU does not start.
+    pub fn start_watching(
+        emulator: Emulator,
+        image: &Image,
+        guests: &[&Guest],
+        policy: &str,
+    ) -> Result<Self> {
+        let targets: Vec<WatchedRam> = guests
+            .iter()
+            .map(|guest| WatchedRam::of(guest))
+            .collect::<Result<_>>()?;
+        Self::start_as(emulator, image, &targets, None, Some(policy))
+    }
+
     /// Starts a monitoring VM with these files as its targets' RAM; its own RAM
     /// is in the file `own`, if one is named, for another monitor to watch.
     ///
@@ -118,6 +135,16 @@ impl MonitorVm {
         image: &Image,
         watched: &[WatchedRam],
         own: Option<&Path>,
+    ) -> Result<Self> {
+        Self::start_as(emulator, image, watched, own, None)
+    }
+
+    fn start_as(
+        emulator: Emulator,
+        image: &Image,
+        watched: &[WatchedRam],
+        own: Option<&Path>,
+        policy: Option<&str>,
     ) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let (client, monitor) = (KeyPair::generate()?, KeyPair::generate()?);
@@ -181,6 +208,7 @@ impl MonitorVm {
             }],
             targets,
             channels: 1,
+            policy: policy.map(str::to_owned),
             limits: Limits {
                 poll_ms: 200,
                 ..Limits::default()

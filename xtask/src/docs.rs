@@ -16,6 +16,11 @@ const GENERATED: &[(&str, &[&str], &[&str])] = &[
         &["tables", "--format", "markdown"],
     ),
     (
+        "docs/policy.schema.json",
+        &["--package", "secmon"],
+        &["watch", "--schema"],
+    ),
+    (
         "docs/detection.md",
         &["--package", "secmon-tests", "--bin", "detection"],
         &["print"],

@@ -14,6 +14,8 @@ use crate::gate::GateArguments;
 use crate::location::Location;
 use crate::monitor::arguments::MonitorCommand;
 use crate::respond::RespondArguments;
+#[cfg(feature = "watch")]
+use crate::watch::arguments::{FindingsArguments, WatchArguments};
 
 /// How rows are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -264,6 +266,20 @@ pub enum BuiltIn {
     /// what is in one and missing from another, with the evidence for it.
     #[command(after_long_help = crate::check::EXAMPLES)]
     Check(CheckArguments),
+
+    /// Look all the time, and tell what appears, changes and is gone
+    ///
+    /// Detectors look as often as a budget of processor time allows, at times
+    /// that a guest can't foresee. Findings can be kept in a database, exported,
+    /// and acted upon.
+    #[cfg(feature = "watch")]
+    #[command(after_long_help = crate::watch::arguments::EXAMPLES)]
+    Watch(Box<WatchArguments>),
+
+    /// What `watch --store` has stored
+    #[cfg(feature = "watch")]
+    #[command(after_long_help = crate::watch::arguments::FINDINGS_EXAMPLES)]
+    Findings(FindingsArguments),
 
     /// Show memory at a symbol or address
     Read(ReadArguments),

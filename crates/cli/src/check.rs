@@ -9,6 +9,8 @@ use clap::Args;
 use secmon_detect::{Confirmation, Detector, Report};
 use secmon_guest::{ColumnInfo, Kind, TrustLevel, Value};
 use secmon_monitor::protocol::{self, Cell, CheckEvidence, CheckFinding, DetectorResult};
+use secmon_watch::policy::{Day, Exception};
+use secmon_watch::{EvidenceRecord, FindingRecord, Policy};
 use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
@@ -49,18 +51,37 @@ pub struct CheckArguments {
     #[arg(short, long, conflicts_with = "detectors")]
     pub list: bool,
 
+    /// Leave out what this policy excepts or does not report, and its disabled detectors
+    #[arg(long, value_name = "FILE", conflicts_with = "list")]
+    pub policy: Option<std::path::PathBuf>,
+
     /// Say on stderr how long each detector looked (JSON always has it)
     #[arg(long)]
     pub timings: bool,
 }
 
 impl CheckArguments {
+    /// The policy by which findings are left out. To be read before this
+    /// process gives up its right to.
+    ///
+    /// # Errors
+    /// If the file can't be read or is wrong.
+    pub fn policy(&self) -> Result<Option<Policy>> {
+        let policy = self.policy.as_deref().map(crate::policy::read);
+        Ok(policy.transpose()?.map(|(policy, _)| policy))
+    }
+
     /// The detectors that are meant.
     ///
     /// # Errors
     /// If there is none of a name.
     pub fn chosen(&self) -> Result<Vec<&'static dyn Detector>> {
         let known = secmon_detect::detectors();
+        if self.detectors.is_empty()
+            && let Some(policy) = self.policy()?
+        {
+            return Ok(policy.enabled());
+        }
         if self.detectors.is_empty() {
             return Ok(known.to_vec());
         }
@@ -94,13 +115,16 @@ pub fn check(
         return Ok(ExitCode::SUCCESS);
     }
     let detectors = arguments.chosen()?;
+    let policy = arguments.policy()?;
     crate::fault::install();
     let source = session.open()?;
     let guest = session.guest_alone(&source)?;
     let report = secmon_detect::check(&guest, &detectors, Confirmation::default());
     // The guest runs again before anything is said.
     let resumed = source.finish();
-    let shown = Checked::from(&report).show(arguments, format, TrustLevel::L0, reporter);
+    let mut checked = Checked::from(&report);
+    checked.apply(policy.as_ref(), reporter);
+    let shown = checked.show(arguments, format, TrustLevel::L0, reporter);
     resumed?;
     shown
 }
@@ -149,6 +173,48 @@ impl From<&Report> for Checked {
 }
 
 impl Checked {
+    /// Leaves out what a policy excepts or does not report, and says so.
+    pub fn apply(&mut self, policy: Option<&Policy>, reporter: Reporter) {
+        let Some(policy) = policy else {
+            return;
+        };
+        let today = Day::today();
+        let mut below = 0_usize;
+        let mut excepted = vec![0_usize; policy.exceptions.len()];
+        self.findings.retain(|finding| {
+            let record = record(finding);
+            if finding.class < policy.detector(&finding.detector).report {
+                below += 1;
+                return false;
+            }
+            let hidden = policy.excepted(&record, today);
+            if let Some(count) = hidden.and_then(|number| excepted.get_mut(number)) {
+                *count += 1;
+            }
+            hidden.is_none()
+        });
+        for (number, (exception, count)) in policy.exceptions.iter().zip(excepted).enumerate() {
+            let number = number + 1;
+            let Exception {
+                reason, expires, ..
+            } = exception;
+            if exception.has_expired(today) {
+                reporter.warn(format_args!(
+                    "exception {number} ({reason}) expired on {expires} and hides nothing"
+                ));
+            } else if count > 0 {
+                reporter.say(format_args!(
+                    "exception {number} ({reason}) hides {count}, until {expires}"
+                ));
+            }
+        }
+        if below > 0 {
+            reporter.say(format_args!(
+                "the policy does not report {below} of their class"
+            ));
+        }
+    }
+
     /// Writes what was found, says what could not be looked at, and gives the
     /// exit status.
     ///
@@ -299,6 +365,35 @@ impl Checked {
             let plural = if count == 1 { "" } else { "s" };
             reporter.say(format_args!("{count} detector{plural}, nothing found"));
         }
+    }
+}
+
+/// A finding as a policy knows it.
+fn record(finding: &CheckFinding) -> FindingRecord {
+    let object = |value: serde_json::Result<serde_json::Value>| match value {
+        Ok(serde_json::Value::Object(map)) => map,
+        _ => serde_json::Map::new(),
+    };
+    let subject = SubjectObject {
+        kind: &finding.subject_kind,
+        columns: Columns(&finding.subject_columns),
+    };
+    let evidence = finding.evidence.iter().map(|piece| EvidenceRecord {
+        view: piece.view.clone(),
+        what: piece.what.clone(),
+        row: object(serde_json::to_value(Columns(&piece.row))),
+    });
+    FindingRecord {
+        id: String::new(),
+        detector: finding.detector.clone(),
+        name: finding.name.clone(),
+        class: finding.class,
+        severity: finding.severity,
+        technique: finding.technique.clone(),
+        subject: object(serde_json::to_value(subject)),
+        about: finding.subject.clone(),
+        summary: finding.summary.clone(),
+        evidence: evidence.collect(),
     }
 }
 

@@ -20,11 +20,14 @@ mod listing;
 mod location;
 mod monitor;
 mod output;
+mod policy;
 mod query;
 mod report;
 mod respond;
 mod session;
 mod targets;
+#[cfg(feature = "watch")]
+mod watch;
 
 use std::fs::File;
 use std::panic::AssertUnwindSafe;
@@ -85,6 +88,17 @@ fn main() -> ExitCode {
 }
 
 fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> {
+    #[cfg(feature = "watch")]
+    if let Action::BuiltIn(command) = &action {
+        match &**command {
+            BuiltIn::Watch(arguments) => return watch::watch(common, arguments, reporter),
+            BuiltIn::Findings(arguments) => {
+                watch::stored::findings(arguments, common.format)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            _ => {}
+        }
+    }
     let of_monitor = common.target.as_deref().and_then(monitor::address);
     let action = match of_monitor {
         Some(address) => match monitor::remote::run(&address?, common, action, reporter)? {
@@ -108,6 +122,9 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
     }
     match command {
         BuiltIn::Check(arguments) => return check::check(&session, &arguments, format, reporter),
+        // Done before a target was opened.
+        #[cfg(feature = "watch")]
+        BuiltIn::Watch(_) | BuiltIn::Findings(_) => Ok(()),
         BuiltIn::Targets => targets::targets(format, reporter),
         BuiltIn::Tables { table } => documents::tables(table.as_deref(), format),
         BuiltIn::Completions { shell } => documents::completions(shell),

@@ -49,6 +49,12 @@ impl Source {
         self.target.hints.vmcoreinfo.as_deref()
     }
 
+    /// Whether the target's QEMU still runs; `None` where there is none to ask.
+    #[cfg(feature = "watch")]
+    pub fn is_alive(&self) -> Option<bool> {
+        self.target.is_alive()
+    }
+
     /// Lets a paused guest run again. Dropping does so, too, but says nothing
     /// of a guest that ran meanwhile.
     pub fn finish(mut self) -> Result<()> {
@@ -296,7 +302,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn confine(&self, stage: Stage, needs: &Needs) {
+    /// Gives up what a stage does not need.
+    pub fn confine(&self, stage: Stage, needs: &Needs) {
         if self.common.no_sandbox {
             return;
         }
@@ -349,7 +356,7 @@ impl<'a> Session<'a> {
 /// out (`set_memory_…`, secret memory), but never puts another page where one
 /// was. The cache ends with the command; the tables of processes and the
 /// kernel's other ranges (vmalloc, modules) are walked for every read.
-fn remembering(space: AddressSpace, kernel: &Kernel) -> AddressSpace {
+pub fn remembering(space: AddressSpace, kernel: &Kernel) -> AddressSpace {
     let memory = space.memory();
     if memory.mapped().is_some() || memory.volatility() == Volatility::Static {
         return space;

@@ -53,6 +53,13 @@ pub enum Incident {
         /// In words.
         detail: String,
     },
+    /// A monitoring VM tells something of itself.
+    Monitor {
+        /// What, in `snake_case`.
+        kind: String,
+        /// In words.
+        detail: String,
+    },
     /// A finding that was not there before.
     Appeared {
         /// The finding.
@@ -200,6 +207,7 @@ impl Incident {
             Self::Started { .. } => "started",
             Self::Stopped { .. } => "stopped",
             Self::Target { .. } => "target",
+            Self::Monitor { .. } => "monitor",
             Self::Appeared { .. } => "appeared",
             Self::Changed { .. } => "changed",
             Self::Gone { .. } => "gone",
@@ -255,6 +263,7 @@ impl fmt::Display for Incident {
                 write!(f, "the watch ended: {reason}; {tally}")
             }
             Self::Target { detail, .. } => f.write_str(detail),
+            Self::Monitor { kind, detail } => write!(f, "{kind}: {detail}"),
             Self::Appeared { finding } => f.write_str(&finding.summary),
             Self::Changed { finding, was } => {
                 write!(f, "{} (was {was})", finding.summary)

@@ -138,6 +138,14 @@ pub struct UpArguments {
     #[arg(long, value_name = "FILE", conflicts_with = "no_gate")]
     pub grants: Vec<PathBuf>,
 
+    /// Watch the targets all the time, by this policy (docs/policy.md)
+    ///
+    /// What is found waits in the monitor until `secmon -t monitor:NAME watch`
+    /// takes it. Without a policy the monitor's detectors look only when they
+    /// are asked to.
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+
     /// The folder of the gates' logs, which outlive the monitor
     ///
     /// By default secmon/gates/NAME below XDG_STATE_HOME; without that below

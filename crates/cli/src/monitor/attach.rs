@@ -207,7 +207,8 @@ impl Console {
             Action::BuiltIn(built_in) => match *built_in {
                 BuiltIn::Check(arguments) if !arguments.list => arguments.chosen().and_then(|_| {
                     target.set_pause(common.pause);
-                    let code = target.check(&arguments, format, self.reporter);
+                    let policy = arguments.policy()?;
+                    let code = target.check(&arguments, policy.as_ref(), format, self.reporter);
                     code.map(|_| ())
                 }),
                 BuiltIn::Targets => target.targets(&self.address, format),

@@ -52,7 +52,7 @@ pub struct Address {
 
 /// Begins a conversation with a monitor; says so when others must end theirs
 /// first.
-fn connect_or_wait(
+pub fn connect_or_wait(
     name: &MonitorName,
     patience: Duration,
     reporter: Reporter,
@@ -161,6 +161,10 @@ fn up(arguments: &UpArguments, format: Format, reporter: Reporter) -> Result<()>
         initramfs: canonical(&boot.initramfs)?,
         memory_mib: MEMORY_MIB,
         kernel_arguments: boot.arguments,
+        policy: match &arguments.policy {
+            Some(path) => Some(crate::policy::read(path)?.1),
+            None => None,
+        },
         gates: if arguments.no_gate {
             GateUse::None
         } else {

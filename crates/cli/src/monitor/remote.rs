@@ -24,6 +24,8 @@ use secmon_monitor::protocol::{
     TargetReport, TargetState,
 };
 
+use secmon_watch::Policy;
+
 use super::{Address, connect_or_wait};
 use crate::arguments::{BuiltIn, Common, Format, ReadArguments, RowOptions};
 use crate::check::{CheckArguments, Checked};
@@ -94,8 +96,9 @@ pub fn run(
             }
             BuiltIn::Check(arguments) if !arguments.list => {
                 arguments.chosen()?;
+                let policy = arguments.policy()?;
                 let mut target = Target::open_for_tables(address, common, reporter)?;
-                code = target.check(&arguments, format, reporter)?;
+                code = target.check(&arguments, policy.as_ref(), format, reporter)?;
             }
             BuiltIn::Dump(_) => bail!(
                 "a monitor's target can't be dumped through it; `secmon -t qemu:NAME dump` on its host can"
@@ -261,6 +264,7 @@ impl Target {
     pub fn check(
         &mut self,
         arguments: &CheckArguments,
+        policy: Option<&Policy>,
         format: Format,
         reporter: Reporter,
     ) -> Result<ExitCode> {
@@ -269,7 +273,14 @@ impl Target {
         }
         let asked = protocol::Check {
             target: self.name.clone(),
-            detectors: (!arguments.detectors.is_empty()).then(|| arguments.detectors.clone()),
+            detectors: match policy {
+                _ if !arguments.detectors.is_empty() => Some(arguments.detectors.clone()),
+                Some(policy) => {
+                    let enabled = policy.enabled().into_iter();
+                    Some(enabled.map(|detector| detector.name().to_owned()).collect())
+                }
+                None => None,
+            },
             credit: 0,
             pause: self.pause,
         };
@@ -291,11 +302,12 @@ impl Target {
             .iter()
             .map(|detector| detector.findings)
             .sum();
+        let came = checked.findings.len() as u64;
+        checked.apply(policy, reporter);
         let code = checked.show(arguments, format, TrustLevel::L1, reporter)?;
-        if told > checked.findings.len() as u64 {
+        if told > came {
             reporter.warn(format_args!(
-                "{told} things were found, of which {} came",
-                checked.findings.len()
+                "{told} things were found, of which {came} came"
             ));
         }
         ended(end)?;

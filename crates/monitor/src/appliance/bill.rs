@@ -27,6 +27,7 @@ const MANIFESTS: &[(&str, &str)] = &[
     ("secmon-detect", include_str!("../../../detect/Cargo.toml")),
     ("secmon-watch", include_str!("../../../watch/Cargo.toml")),
     ("secmon-guest", include_str!("../../../guest/Cargo.toml")),
+    ("secmon-watch", include_str!("../../../watch/Cargo.toml")),
     (
         "secmon-profile",
         include_str!("../../../profile/Cargo.toml"),

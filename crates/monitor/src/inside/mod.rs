@@ -6,7 +6,7 @@
 //! pulse stops, and parses nothing of what the worker or a guest wrote. The
 //! worker opens the targets' memory and its ports, confines itself so that it
 //! can open nothing more, and only then looks at the memory: a `watcher` per
-//! target follows what the target does, a `gate` thread speaks with its gate, a `session` serves the client, one
+//! target follows what the target does, another lets detectors look (`detect`), a `gate` thread speaks with its gate, a `session` serves the client, one
 //! thread per request. What the watchers find goes to the `outbox`, which
 //! outlives the worker.
 //!
@@ -15,6 +15,8 @@
 mod answer;
 mod check;
 mod credit;
+mod detect;
+mod follow;
 mod gate;
 mod health;
 mod init;
@@ -27,6 +29,8 @@ mod watcher;
 mod worker;
 
 use std::process::ExitCode;
+
+pub use follow::{FollowedGuest, Follower};
 
 use secmon_guest::TrustLevel;
 

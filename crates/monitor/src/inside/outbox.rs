@@ -86,7 +86,22 @@ impl Outbox {
         kind: FindingKind,
         text: &str,
     ) {
-        self.append(target, severity, kind, text);
+        self.append(target, severity, kind, text, None);
+        self.bound();
+        self.store();
+    }
+
+    /// Adds what the detectors that watch a target told: in words, and as
+    /// JSON.
+    pub(super) fn push_incident(
+        &mut self,
+        target: &str,
+        severity: Severity,
+        text: &str,
+        incident: String,
+    ) {
+        let kind = FindingKind::Watch;
+        self.append(Some(target), severity, kind, text, Some(incident));
         self.bound();
         self.store();
     }
@@ -161,7 +176,8 @@ impl Outbox {
             );
             // Its own place may cost one more, told the next time.
             self.told = self.lost;
-            self.append(None, Severity::Warning, FindingKind::FindingsLost, &text);
+            let kind = FindingKind::FindingsLost;
+            self.append(None, Severity::Warning, kind, &text, None);
             self.bound();
             self.store();
         }
@@ -183,7 +199,14 @@ impl Outbox {
         self.lost
     }
 
-    fn append(&mut self, target: Option<&str>, severity: Severity, kind: FindingKind, text: &str) {
+    fn append(
+        &mut self,
+        target: Option<&str>,
+        severity: Severity,
+        kind: FindingKind,
+        text: &str,
+        incident: Option<String>,
+    ) {
         let time = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
@@ -194,6 +217,7 @@ impl Outbox {
             severity,
             kind,
             text: text.chars().take(MAX_TEXT).collect(),
+            incident,
             trust_level: TRUST_LEVEL,
         });
         self.next = self.next.saturating_add(1);

@@ -139,6 +139,12 @@ impl Target {
         }
     }
 
+    /// How often a kernel was found that was not there before.
+    pub(super) fn boots(&self) -> u64 {
+        let view = self.view.read().unwrap_or_else(PoisonError::into_inner);
+        view.boots
+    }
+
     /// Whether a kernel runs in it.
     pub(super) fn is_running(&self) -> bool {
         let view = self.view.read().unwrap_or_else(PoisonError::into_inner);

@@ -10,17 +10,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use secmon_channel::{Descriptor, KeyPair, Peer, Stream};
+use secmon_detect::Class;
 use secmon_guest::Guest;
 use secmon_memory::PhysicalMemory;
 use secmon_platform::ivshmem::{self, IvshmemOptions, PCI_DEVICES};
 use secmon_sandbox::{Needs, Stage};
+use secmon_watch::Incident;
 
 use super::gate::{Gate, Hold, Way};
 use super::health::{Health, Pulse};
 use super::init::DEVICES_CHANGED;
 use super::outbox::Outbox;
 use super::watcher::{self, Target, Watcher};
-use super::{log, port, session};
+use super::{detect, log, port, session};
 use crate::protocol::{
     Configuration, Finding, FindingKind, Heartbeat, Limits, Refusal, Severity, TargetConfiguration,
     channel_port,
@@ -78,6 +80,26 @@ impl Shared {
         // Guests choose parts of the text.
         let harmless: String = text.chars().filter(|c| !c.is_control()).collect();
         log(format_args!("{about}: {kind:?}: {harmless}"));
+    }
+
+    /// Adds what the detectors that watch a target told.
+    pub(super) fn tell_incident(&self, target: &str, incident: &Incident) {
+        let severity = match incident {
+            Incident::Appeared { finding } | Incident::Changed { finding, .. } => {
+                match finding.class {
+                    Class::Attack => Severity::Critical,
+                    Class::Suspicion => Severity::Warning,
+                    Class::Information => Severity::Information,
+                }
+            }
+            _ => Severity::Information,
+        };
+        let text = incident.to_string();
+        let Ok(json) = serde_json::to_string(incident) else {
+            return self.tell(Some(target), severity, FindingKind::Watch, &text);
+        };
+        self.outbox().push_incident(target, severity, &text, json);
+        self.news.notify_all();
     }
 
     pub(super) fn acknowledge(&self, through: u64) {
@@ -262,6 +284,7 @@ fn run(
         .map_err(system("reading the configuration"))?;
     let configuration = Configuration::parse(&bytes)?;
     drop(bytes);
+    let policy = configuration.parsed_policy()?;
     let keys = KeyPair::from_secret(configuration.secret_key)?;
     let (stream, others) = open_channels(configuration.channels)?;
     let file = File::options()
@@ -310,6 +333,15 @@ fn run(
         let (shared, target) = (Arc::clone(&shared), Arc::clone(target));
         let name = format!("watch {}", target.name);
         spawn(&name, move || watch(&shared, &target))?;
+    }
+    if let Some(policy) = policy {
+        let policy = Arc::new(policy);
+        for target in &shared.targets {
+            let (shared, target) = (Arc::clone(&shared), Arc::clone(target));
+            let policy = Arc::clone(&policy);
+            let name = format!("look at {}", target.name);
+            spawn(&name, move || detect::watch(&shared, &target, &policy))?;
+        }
     }
     for (name, way) in ways {
         let shared = Arc::clone(&shared);

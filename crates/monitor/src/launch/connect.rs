@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use secmon_channel::{Descriptor, KeyError, KeyPair, Stream};
+use secmon_channel::{Descriptor, KeyError, KeyPair, PublicKey, Stream};
 
 use super::run_directory::{Lock, RunDirectory, RunDirectoryError};
 use super::up::Known;
@@ -79,6 +79,8 @@ pub enum ConnectError {
 pub struct Connection {
     /// The conversation.
     pub client: Client,
+    /// The monitor's key, a new one for each monitor that is started.
+    pub monitor: PublicKey,
     _turn: Lock,
 }
 
@@ -129,6 +131,7 @@ pub fn connect(
                     Ok(client) => {
                         return Ok(Connection {
                             client,
+                            monitor,
                             _turn: turn,
                         });
                     }

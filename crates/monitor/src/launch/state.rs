@@ -33,6 +33,9 @@ pub struct Settings {
     pub initramfs: PathBuf,
     /// What the kernel is told.
     pub kernel_arguments: String,
+    /// The policy by which the monitor watches its targets, as TOML.
+    #[serde(default)]
+    pub policy: Option<String>,
     /// The user the VM's QEMU runs as; the caller's own if there is none.
     pub account: Option<Account>,
     /// How sockets are connected again.

@@ -47,6 +47,9 @@ pub struct UpOptions {
     pub memory_mib: u32,
     /// What the kernel is told.
     pub kernel_arguments: String,
+    /// The policy by which the monitor watches its targets, as TOML; without
+    /// one its detectors look only when they are asked to.
+    pub policy: Option<String>,
     /// Whether targets get gates.
     pub gates: GateUse,
 }
@@ -297,6 +300,7 @@ fn start(options: &UpOptions, directory: &RunDirectory) -> Result<Up, UpError> {
         kernel: options.kernel.clone(),
         initramfs: options.initramfs.clone(),
         kernel_arguments: options.kernel_arguments.clone(),
+        policy: options.policy.clone(),
         account,
         gates,
     };

@@ -8,12 +8,13 @@ use std::str::FromStr;
 use secmon_channel::{Peer, PublicKey, SecretKey};
 use secmon_platform::ivshmem::PciAddress;
 use secmon_platform::layout::RamLayout;
+use secmon_watch::Policy;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The version of the document.
 const VERSION: u32 = 1;
 /// The largest document.
-const MAX_BYTES: usize = 256 << 10;
+const MAX_BYTES: usize = 512 << 10;
 /// The most targets and clients.
 const MAX_ENTRIES: usize = 64;
 /// The most ports for clients.
@@ -38,6 +39,10 @@ pub struct Configuration {
     /// How many ports there are by which clients come.
     #[serde(default = "one_channel")]
     pub channels: u32,
+    /// The policy by which detectors watch all targets, as TOML; without one
+    /// they look only when they are asked to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
     /// How much of what is kept and served.
     #[serde(default)]
     pub limits: Limits,
@@ -138,6 +143,9 @@ pub enum ConfigurationError {
         /// How many.
         count: usize,
     },
+    /// What detectors are to do.
+    #[error("the configuration: {0}")]
+    Policy(#[from] secmon_watch::PolicyError),
     /// A number out of range.
     #[error("the configuration: {what} is {value}, {least} to {most} is possible")]
     Range {
@@ -171,6 +179,17 @@ impl Configuration {
         let configuration: Self = serde_json::from_slice(bytes.get(..end).unwrap_or_default())?;
         configuration.check()?;
         Ok(configuration)
+    }
+
+    /// The policy.
+    ///
+    /// # Errors
+    /// [`ConfigurationError::Policy`] if it is wrong.
+    pub fn parsed_policy(&self) -> Result<Option<Policy>, ConfigurationError> {
+        let policy = self.policy.as_deref();
+        Ok(policy
+            .map(|text| Policy::parse(text, "policy"))
+            .transpose()?)
     }
 
     /// Checks what the types can't.
@@ -212,6 +231,7 @@ impl Configuration {
                 });
             }
         }
+        self.parsed_policy()?;
         let Limits {
             findings,
             requests,
@@ -304,6 +324,7 @@ mod tests {
                 }),
             }],
             channels: 4,
+            policy: None,
             limits: Limits::default(),
         }
     }

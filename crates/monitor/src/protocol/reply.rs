@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use secmon_gate::protocol::{LogHead, Right, TargetState as RunState};
 use secmon_guest::TrustLevel;
+use secmon_watch::TargetChange;
 
 use super::{Cell, CheckFinding, DetectorResult};
 
@@ -394,6 +395,9 @@ pub struct Finding {
     pub kind: FindingKind,
     /// In words.
     pub text: String,
+    /// What the detectors that watch the target told: the JSON of a
+    /// [`secmon_watch::Incident`].
+    pub incident: Option<String>,
     /// How well the monitor that says so was protected.
     pub trust_level: TrustLevel,
 }
@@ -448,4 +452,22 @@ pub enum FindingKind {
     QemuStarted,
     /// The target was migrated away, as its gate says.
     TargetMigrated,
+    /// The detectors that watch the target told something.
+    Watch,
+}
+
+impl FindingKind {
+    /// What it says of the target, if it says something.
+    #[must_use]
+    pub const fn target_change(self) -> Option<TargetChange> {
+        Some(match self {
+            Self::TargetStarted => TargetChange::Started,
+            Self::TargetRebooted => TargetChange::Rebooted,
+            Self::TargetStopped => TargetChange::Stopped,
+            Self::TargetResumed => TargetChange::Resumed,
+            Self::TargetGone | Self::TargetUnreachable | Self::TargetMigrated => TargetChange::Gone,
+            Self::KernelConflict => TargetChange::Conflict,
+            _ => return None,
+        })
+    }
 }

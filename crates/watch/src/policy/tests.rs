@@ -187,3 +187,10 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_example_is_a_policy() {
+    let policy = parse(include_str!("../../../../docs/policy.toml")).expect("the example");
+    assert_eq!((policy.exceptions.len(), policy.responses.len()), (1, 2));
+    assert_eq!(policy.report, Class::Suspicion);
+}

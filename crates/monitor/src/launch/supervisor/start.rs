@@ -196,6 +196,7 @@ impl Supervisor {
                 })
                 .collect(),
             channels: CHANNELS,
+            policy: self.settings.policy.clone(),
             limits: Limits::default(),
         };
         configuration.check()?;

@@ -1,0 +1,42 @@
+//! Lets detectors look at a target all the time, by the policy of the
+//! configuration, and puts what they tell into the outbox.
+
+use std::sync::Arc;
+
+use secmon_guest::Guest;
+use secmon_watch::{Incident, Policy, Reactions, Stop, Watched};
+
+use super::follow::FollowedGuest;
+use super::watcher::{self, Target};
+use super::worker::Shared;
+
+struct View<'a>(&'a Target);
+
+impl Watched for View<'_> {
+    fn guest(&self) -> Result<(Guest, u64), String> {
+        let (kernel, boot) = FollowedGuest(self.0).kernel()?;
+        Ok((watcher::guest(&kernel), boot))
+    }
+
+    fn boot(&self) -> Option<u64> {
+        FollowedGuest(self.0).boot()
+    }
+}
+
+/// Watches a target for ever.
+pub(super) fn watch(shared: &Arc<Shared>, target: &Target, policy: &Policy) {
+    let name = target.name.clone();
+    let telling = Arc::clone(shared);
+    let tell: secmon_watch::Tell =
+        Arc::new(move |incident: Incident| telling.tell_incident(&name, &incident));
+    let reactions = std::sync::Mutex::new(Reactions::new(policy, None, Arc::clone(&tell)));
+    // Nobody ends it: it ends with the worker.
+    let stop = Stop::new();
+    secmon_watch::watch(&View(target), policy, &stop, &|incident| {
+        tell(incident.clone());
+        let mut reactions = reactions
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        reactions.react(&incident, policy, std::time::Instant::now());
+    });
+}
