@@ -17,12 +17,13 @@ use secmon_lab::{
 use secmon_memory::VirtualAddress;
 use secmon_monitor::appliance::{Image, SIZE_LIMIT};
 use secmon_monitor::protocol::{
-    Answer, Check, CheckFinding, Client, DetectorResult, FindingKind, Notice, Pause, Place, Query,
-    TargetState,
+    Answer, Check, CheckFinding, Client, DetectorResult, Finding, FindingKind, Notice, Pause,
+    Place, Query, TargetState,
 };
 use secmon_tests::compare::{self, Truth};
 use secmon_tests::open;
 use secmon_tests::rows::TableRow;
+use secmon_watch::Incident;
 
 /// How long anything may take on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(240);
@@ -136,9 +137,33 @@ fn tables_from_inside_the_monitor_equal_the_truth() -> Result<()> {
     };
     let guests = [boot(Suite::Bookworm)?, boot(Suite::Trixie)?];
     let [first, second] = &guests;
-    let vm = MonitorVm::start(Emulator::Installed, &image, &[first, second])?;
+    let vm = MonitorVm::start_watching(Emulator::Installed, &image, &[first, second], &policy())?;
     let outcome = watch(&vm, first, second);
     outcome.with_context(|| format!("the monitor's console:\n{}", vm.console()))
+}
+
+/// One detector watches all the time; the others are asked.
+fn policy() -> String {
+    let others = secmon_detect::detectors()
+        .iter()
+        .map(|detector| detector.name())
+        .filter(|name| *name != "processes");
+    others.fold(
+        "version = 1\nbudget = \"20%\"\n".to_owned(),
+        |policy, name| policy + &format!("[detector.{name}]\nenabled = false\n"),
+    )
+}
+
+/// Whether a finding of the monitor is that the detectors which watch the
+/// target found a hidden process.
+fn tells_of_hidden(finding: &Finding, target: &str) -> Result<bool> {
+    if finding.kind != FindingKind::Watch || finding.target.as_deref() != Some(target) {
+        return Ok(false);
+    }
+    let json = finding.incident.as_deref().context("no incident")?;
+    let incident: Incident = serde_json::from_str(json)?;
+    println!("told: {incident}");
+    Ok(matches!(incident, Incident::Appeared { finding } if finding.name == "hidden_process"))
 }
 
 fn watch(vm: &MonitorVm, first: &Guest, second: &Guest) -> Result<()> {
@@ -173,6 +198,14 @@ fn watch(vm: &MonitorVm, first: &Guest, second: &Guest) -> Result<()> {
     read_and_translate(&mut client, second.name())?;
     refusals(&mut client, second.name())?;
     checking(&mut client, second)?;
+    let deadline = Some(Instant::now() + PATIENCE);
+    let hidden = loop {
+        if let Notice::Finding(finding) = client.notice(deadline)?
+            && tells_of_hidden(&finding, second.name())?
+        {
+            break finding.sequence;
+        }
+    };
     cancelling(&mut client, second.name())?;
 
     // What was not acknowledged comes again to the next client, what was does
@@ -186,12 +219,12 @@ fn watch(vm: &MonitorVm, first: &Guest, second: &Guest) -> Result<()> {
     );
     let mut client = vm.connect()?;
     let deadline = Some(Instant::now() + PATIENCE);
-    loop {
+    let (mut refused, mut again) = (false, false);
+    while !refused || !again {
         if let Notice::Finding(finding) = client.notice(deadline)? {
             ensure!(finding.sequence > last, "told again: {finding:?}");
-            if finding.kind == FindingKind::ClientRefused {
-                break;
-            }
+            refused |= finding.kind == FindingKind::ClientRefused;
+            again |= finding.sequence == hidden;
         }
     }
     Ok(())
