@@ -1,6 +1,7 @@
 //! `secmon check`: what the detectors find, once.
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -18,9 +19,12 @@ use crate::arguments::Format;
 use crate::columns::near;
 use crate::listing::{self, column};
 use crate::output::{Rows, json};
+use crate::reference;
 use crate::report::{Advise, Reporter};
 use crate::session::Session;
 
+/// The detector that needs the kernel's own file.
+const REFERRING: &str = "kernel_image";
 /// The exit status of a check that found something.
 const FOUND: u8 = 1;
 
@@ -50,6 +54,12 @@ pub struct CheckArguments {
     /// The detectors there are: what they compare, and what evades them
     #[arg(short, long, conflicts_with = "detectors")]
     pub list: bool,
+
+    /// The kernel's own file (vmlinuz or vmlinux), or a folder with it, to compare the guest's
+    /// kernel with; without it one is looked for in /boot and below /usr/lib by release and
+    /// build id
+    #[arg(short, long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
 
     /// Leave out what this policy excepts or does not report, and its disabled detectors
     #[arg(long, value_name = "FILE", conflicts_with = "list")]
@@ -118,7 +128,15 @@ pub fn check(
     let policy = arguments.policy()?;
     crate::fault::install();
     let source = session.open()?;
-    let guest = session.guest_alone(&source)?;
+    let guest = session.guest(&source)?;
+    let compares = detectors
+        .iter()
+        .any(|detector| detector.name() == REFERRING);
+    let guest = match compares {
+        true => reference::attach(guest, arguments.kernel.as_deref(), reporter)?,
+        false => guest,
+    };
+    session.alone();
     let report = secmon_detect::check(&guest, &detectors, Confirmation::default());
     // The guest runs again before anything is said.
     let resumed = source.finish();

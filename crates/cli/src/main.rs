@@ -22,6 +22,7 @@ mod monitor;
 mod output;
 mod policy;
 mod query;
+mod reference;
 mod report;
 mod respond;
 mod session;
@@ -107,7 +108,7 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
         },
         None => action,
     };
-    let session = Session::new(common, reporter);
+    let mut session = Session::new(common, reporter);
     let format = common.format;
     let command = match action {
         Action::Show(table, options) => {
@@ -121,7 +122,10 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
         bail!("--format markdown is for `secmon tables` only");
     }
     match command {
-        BuiltIn::Check(arguments) => return check::check(&session, &arguments, format, reporter),
+        BuiltIn::Check(arguments) => {
+            session.reads(reference::places(arguments.kernel.as_deref()));
+            return check::check(&session, &arguments, format, reporter);
+        }
         // Done before a target was opened.
         #[cfg(feature = "watch")]
         BuiltIn::Watch(_) | BuiltIn::Findings(_) => Ok(()),

@@ -85,6 +85,8 @@ pub struct Session<'a> {
     reporter: Reporter,
     /// Folders that the command writes files to.
     outputs: Vec<PathBuf>,
+    /// Files and folders that it reads.
+    inputs: Vec<PathBuf>,
     confined: Cell<bool>,
 }
 
@@ -95,6 +97,7 @@ impl<'a> Session<'a> {
             common,
             reporter,
             outputs: Vec::new(),
+            inputs: Vec::new(),
             confined: Cell::new(false),
         }
     }
@@ -102,6 +105,11 @@ impl<'a> Session<'a> {
     /// Says that the command writes files to this folder.
     pub fn writes_to(&mut self, folder: PathBuf) {
         self.outputs.push(folder);
+    }
+
+    /// Says that the command reads these files, and what is in these folders.
+    pub fn reads(&mut self, paths: Vec<PathBuf>) {
+        self.inputs.extend(paths);
     }
 
     /// Opens the target, pauses it if asked, and confines this process to it,
@@ -269,8 +277,13 @@ impl<'a> Session<'a> {
     /// Finds the kernel, then gives up the right to open files.
     pub fn guest_alone(&self, source: &Source) -> Result<Guest> {
         let guest = self.guest(source)?;
-        self.confine(Stage::Reading, &Needs::default());
+        self.alone();
         Ok(guest)
+    }
+
+    /// Gives up the right to open files.
+    pub fn alone(&self) {
+        self.confine(Stage::Reading, &Needs::default());
     }
 
     /// The place that the user means; a physical address needs no kernel.
@@ -318,7 +331,9 @@ impl<'a> Session<'a> {
 
     fn needs(&self, traces_process: bool) -> Needs {
         let mut needs = Needs {
-            readable: self.common.isf.iter().cloned().collect(),
+            readable: (self.common.isf.iter().chain(&self.inputs))
+                .cloned()
+                .collect(),
             writable: self.outputs.clone(),
             traces_process,
         };

@@ -55,6 +55,12 @@ pub enum DetectError {
         /// Why not.
         source: ReadError,
     },
+    /// The file that was given as the kernel's own can't be compared with it.
+    #[error("the kernel's file can't be compared with it: {reason}")]
+    Reference {
+        /// Why not.
+        reason: String,
+    },
     /// A view ended early, so that what it lacks proves nothing. On a running
     /// guest this may pass.
     #[error("{view} could not be read to its end: {reason}")]

@@ -13,6 +13,7 @@ mod credentials;
 mod detector;
 mod finding;
 mod interrupts;
+mod kernel_image;
 mod kernel_pointers;
 mod kernel_text;
 mod modules;
@@ -40,6 +41,7 @@ pub fn detectors() -> &'static [&'static dyn Detector] {
         &interrupts::Interrupts,
         &kernel_pointers::KernelPointers,
         &kernel_text::KernelText,
+        &kernel_image::KernelImage,
         &tracing::Tracing,
         &credentials::Credentials,
         &process_integrity::ProcessIntegrity,

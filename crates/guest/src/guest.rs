@@ -3,12 +3,13 @@
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
 
 use secmon_memory::{AddressSpace, ReadError, VirtualAddress};
 use secmon_profile::{Kernel, Member, Symbols, Types};
+use secmon_reference::{Expected, KernelFile, ReferenceError};
 
-use crate::linux::code::Sightings;
+use crate::linux::code::{RunningKernel, Sightings};
 use crate::{Diagnostics, Layout, TableError};
 
 /// A guest whose kernel has been found.
@@ -19,6 +20,10 @@ pub struct Guest {
     addresses: RwLock<HashMap<&'static str, Option<VirtualAddress>>>,
     diagnostics: Diagnostics,
     pub(crate) unowned_code: Sightings,
+    /// The kernel's own file, if somebody gave it.
+    reference: Option<Arc<KernelFile>>,
+    /// What follows from it, worked out once.
+    expected: OnceLock<Result<Expected, ReferenceError>>,
 }
 
 impl Guest {
@@ -32,7 +37,47 @@ impl Guest {
             addresses: RwLock::default(),
             diagnostics: Diagnostics::default(),
             unowned_code: Sightings::default(),
+            reference: None,
+            expected: OnceLock::new(),
         }
+    }
+
+    /// Lets the kernel's text and constants be compared with those in its own
+    /// file. Whether it is this kernel's file is for the caller to see: by the
+    /// build id.
+    #[must_use]
+    pub fn with_reference(mut self, file: Arc<KernelFile>) -> Self {
+        self.reference = Some(file);
+        self.expected = OnceLock::new();
+        self
+    }
+
+    /// The kernel's own file, if one was given.
+    pub fn reference(&self) -> Option<&Arc<KernelFile>> {
+        self.reference.as_ref()
+    }
+
+    /// What the kernel's text and constants have to look like, by its own file;
+    /// `None` without one. The first call works it out.
+    ///
+    /// # Errors
+    /// [`TableError`] if the guest's types lack what is needed.
+    pub fn expected_image(
+        &self,
+        table: &'static str,
+    ) -> Result<Option<&Result<Expected, ReferenceError>>, TableError> {
+        let Some(file) = &self.reference else {
+            return Ok(None);
+        };
+        if let Some(known) = self.expected.get() {
+            return Ok(Some(known));
+        }
+        let running = RunningKernel::of(self, table)?;
+        let slide = self.kernel.image.slide;
+        Ok(Some(
+            self.expected
+                .get_or_init(|| Expected::new(file, slide, &running)),
+        ))
     }
 
     /// The kernel as it was found.

@@ -130,9 +130,7 @@ impl KernelFile {
             let kind = section.sh_type(endian);
             let name = table.section_name(endian, section).map_err(damaged)?;
             let name = String::from_utf8_lossy(name).into_owned();
-            if flags & u64::from(SHF_ALLOC) == 0
-                || kind == SHT_NOBITS
-                || LEFT_OUT.contains(&name.as_str())
+            if flags.0 & SHF_ALLOC.0 == 0 || kind == SHT_NOBITS || LEFT_OUT.contains(&name.as_str())
             {
                 continue;
             }
@@ -148,7 +146,7 @@ impl KernelFile {
                 name,
                 address: section.sh_addr(endian),
                 bytes: bytes.to_vec(),
-                writable: flags & u64::from(SHF_WRITE) != 0,
+                writable: flags.0 & SHF_WRITE.0 != 0,
             });
         }
         sections.sort_by_key(|section| section.address);

@@ -9,6 +9,8 @@
 mod detour;
 mod sites;
 
+pub(crate) use sites::may_trace;
+
 use secmon_guest::Guest;
 use secmon_guest::linux::code::CodeMap;
 use secmon_memory::{MappedPage, VirtualAddress};
@@ -46,7 +48,8 @@ impl Detector for KernelText {
 
     fn evaded_by(&self) -> &'static str {
         "Changes that lead nowhere: a condition turned round, a return value changed; and \
-         detours to other code of the kernel. They need a comparison with the kernel's file."
+         detours to other code of the kernel. The detector kernel_image finds them, where the \
+         kernel's own file is at hand."
     }
 
     fn techniques(&self) -> &'static [Technique] {

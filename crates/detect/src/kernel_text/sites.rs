@@ -84,7 +84,12 @@ fn fault(
     let distance = i32::from_le_bytes([a, b, c, d]);
     let next = address.wrapping_add(SITE as u64);
     let target = VirtualAddress::new(next.as_u64().wrapping_add_signed(distance.into()));
-    let known = match code::target(map, target) {
+    (!may_trace(guest, map, target)).then_some((Some(target), "calls"))
+}
+
+/// Whether ftrace lets traced functions call that.
+pub(crate) fn may_trace(guest: &Guest, map: &CodeMap, target: VirtualAddress) -> bool {
+    match code::target(map, target) {
         Target::Owned(CodeOwner::Kernel) => is_tracer(guest, target),
         // Direct calls may be registered by a module of its own functions.
         Target::Owned(
@@ -94,8 +99,7 @@ fn fault(
             | CodeOwner::Module { .. },
         ) => true,
         _ => false,
-    };
-    (!known).then_some((Some(target), "calls"))
+    }
 }
 
 /// Whether ftrace's own code is there.

@@ -33,6 +33,10 @@ const MANIFESTS: &[(&str, &str)] = &[
         include_str!("../../../profile/Cargo.toml"),
     ),
     (
+        "secmon-reference",
+        include_str!("../../../reference/Cargo.toml"),
+    ),
+    (
         "secmon-platform",
         include_str!("../../../platform/Cargo.toml"),
     ),

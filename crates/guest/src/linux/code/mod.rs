@@ -10,9 +10,11 @@ pub mod generated;
 pub mod image;
 mod map;
 mod owner;
+mod running;
 mod sightings;
 pub mod vmalloc;
 
 pub use map::{CodeMap, Incomplete, UnownedCode};
 pub use owner::{Claims, CodeOwner};
+pub use running::RunningKernel;
 pub(crate) use sightings::Sightings;

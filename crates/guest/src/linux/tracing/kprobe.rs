@@ -17,6 +17,7 @@ layout! {
         chain: "hlist",
         list: "list",
         address: "addr",
+        opcode: "opcode",
         before: "pre_handler",
         after: "post_handler",
         flags: "flags",
@@ -40,6 +41,8 @@ pub struct Kprobe {
     pub object: VirtualAddress,
     /// The instruction that it stands at.
     pub address: VirtualAddress,
+    /// The first byte of that instruction, which a breakpoint replaces.
+    pub opcode: u8,
     /// Called before that instruction, or null.
     pub before: VirtualAddress,
     /// Called after it, or null.
@@ -87,6 +90,7 @@ pub fn kprobes(guest: &Guest, table: &'static str) -> Result<Vec<Kprobe>, TableE
         Ok(Kprobe {
             object,
             address: guest.pointer(object, &layout.address)?,
+            opcode: guest.number(object, &layout.opcode)? as u8,
             before,
             on_return,
             on_entry,
