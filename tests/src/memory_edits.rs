@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use iced_x86::{Decoder, DecoderOptions};
 use secmon_guest::{Selection, Value};
 use secmon_lab::specimens::Edit;
 use secmon_memory::VirtualAddress;
@@ -99,6 +100,21 @@ impl<'a> Edited<'a> {
                 let byte = self.opened.kernel.space.read_u8(place)?;
                 self.write(place, &[byte ^ 4])
             }
+            Edit::Condition(symbol) => {
+                let place = self.condition(symbol)?;
+                let byte = self.opened.kernel.space.read_u8(place)?;
+                self.write(place, &[byte ^ 1])
+            }
+            Edit::ReturnZero(symbol) => {
+                // Behind the place for tracing: xor %eax,%eax; ret
+                let place = self.symbol(symbol)?.wrapping_add(12);
+                self.write(place, &[0x31, 0xc0, 0xc3])
+            }
+            Edit::Constant(symbol) => {
+                let place = self.symbol(symbol)?;
+                let word = self.read(place)?;
+                self.write(place, &(word ^ 0xff00).to_le_bytes())
+            }
             Edit::ShareCredentials => {
                 let (from, to) = (self.task(1)?, self.task(pid)?);
                 for pointer in ["cred", "real_cred"] {
@@ -125,6 +141,23 @@ impl<'a> Edited<'a> {
                 self.write(place, &[text.as_bytes(), b"\0"].concat())
             }
         }
+    }
+
+    /// The byte of a function's first conditional jump that says on what.
+    fn condition(&self, symbol: &'static str) -> Result<VirtualAddress> {
+        let start = self.symbol(symbol)?;
+        let mut code = [0; 256];
+        self.opened.kernel.space.read(start, &mut code)?;
+        let decoder = Decoder::with_ip(64, &code, start.as_u64(), DecoderOptions::NONE);
+        for instruction in decoder {
+            let offset = instruction.ip() - start.as_u64();
+            match code.get(offset as usize..) {
+                Some([0x70..=0x7f, ..]) => return Ok(start.wrapping_add(offset)),
+                Some([0x0f, 0x80..=0x8f, ..]) => return Ok(start.wrapping_add(offset + 1)),
+                _ => {}
+            }
+        }
+        anyhow::bail!("{symbol} asks no condition at its start")
     }
 
     /// Takes what lies at `object` out of the list that `member` puts it into.

@@ -8,6 +8,7 @@ use secmon_guest::Guest;
 use secmon_memory::PhysicalMemory;
 use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
 use secmon_profile::{Cache, FindOptions, Kernel};
+use secmon_reference::KernelFile;
 
 /// What was opened: memory and the kernel in it.
 pub struct Opened {
@@ -15,6 +16,8 @@ pub struct Opened {
     pub memory: Arc<dyn PhysicalMemory>,
     /// The kernel found there.
     pub kernel: Kernel,
+    /// The kernel's own file, if it is to be compared with it.
+    reference: Option<Arc<KernelFile>>,
     /// What keeps the target open.
     _target: OpenedTarget,
 }
@@ -22,7 +25,18 @@ pub struct Opened {
 impl Opened {
     /// The guest with no diagnostics yet.
     pub fn guest(&self) -> Guest {
-        Guest::new(self.kernel.clone())
+        let guest = Guest::new(self.kernel.clone());
+        match &self.reference {
+            Some(file) => guest.with_reference(file.clone()),
+            None => guest,
+        }
+    }
+
+    /// Has the kernel compared with this file.
+    #[must_use]
+    pub fn with_reference(mut self, file: &Arc<KernelFile>) -> Self {
+        self.reference = Some(file.clone());
+        self
     }
 }
 
@@ -49,8 +63,19 @@ fn target_with(name: &str, isf: Option<PathBuf>) -> Result<Opened> {
     Ok(Opened {
         memory: opened.memory.clone(),
         kernel,
+        reference: None,
         _target: opened,
     })
+}
+
+/// Reads a kernel's own file.
+///
+/// # Errors
+/// If it is none.
+pub fn kernel_file(path: &Path) -> Result<Arc<KernelFile>> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let file = KernelFile::parse(&bytes).with_context(|| path.display().to_string())?;
+    Ok(Arc::new(file))
 }
 
 /// Opens a memory image.

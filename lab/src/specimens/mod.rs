@@ -111,6 +111,12 @@ pub enum Edit {
     Jump(&'static str),
     /// One bit of a function.
     CodeBit(&'static str),
+    /// The first condition that a function asks is turned round.
+    Condition(&'static str),
+    /// A function that gives 0 and does nothing.
+    ReturnZero(&'static str),
+    /// A word of the kernel's constants.
+    Constant(&'static str),
     /// A process uses the credentials of process 1.
     ShareCredentials,
     /// A process becomes one of user 0, in its credentials as they are.

@@ -105,6 +105,25 @@ const fn edit(
     }
 }
 
+/// An edit of the kernel's text or constants, for all kernels: no module is
+/// needed to tell it from what modules do.
+const fn anywhere(
+    name: &'static str,
+    does: &'static str,
+    edit: Edit,
+    finding: &'static str,
+) -> Specimen {
+    Specimen {
+        name,
+        technique: "T1014",
+        does,
+        suites: &Suite::ALL,
+        how: How::MemoryEdit(edit),
+        expected: found("kernel_image", finding),
+        shown: Shown::Stands,
+    }
+}
+
 /// A process of an ordinary user, that others change.
 const ORDINARY: &[Need] = &[Need::Process("ordinary")];
 
@@ -259,12 +278,29 @@ pub const ALL: &[Specimen] = &[
         Edit::Jump("__x64_sys_getpgid"),
         found("kernel_text", "code_detour"),
     ),
-    edit(
+    anywhere(
         "code-bit",
-        "T1014",
         "changes one bit in the middle of a kernel function",
         Edit::CodeBit("__x64_sys_getpgid"),
-        open("kernel_text"),
+        "changed_code",
+    ),
+    anywhere(
+        "code-condition",
+        "turns the first condition round that a kernel function asks",
+        Edit::Condition("cap_capable"),
+        "changed_code",
+    ),
+    anywhere(
+        "code-return-value",
+        "has a function of the kernel give 0 and do nothing",
+        Edit::ReturnZero("cap_capable"),
+        "changed_code",
+    ),
+    anywhere(
+        "constant-word",
+        "changes a word of the kernel's constants",
+        Edit::Constant("linux_proc_banner"),
+        "changed_constant",
     ),
     // Pointers.
     module(

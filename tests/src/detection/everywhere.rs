@@ -52,9 +52,11 @@ fn sorted(mut found: Found) -> Found {
     found
 }
 
-/// What all detectors find in a guest that was opened here.
+/// What all detectors find in a guest that was opened here. As a monitoring VM
+/// has no kernel's file, none is used here.
 fn found_in(opened: &Opened) -> Found {
-    let report = secmon_detect::check(&opened.guest(), detectors(), Confirmation::default());
+    let guest = secmon_guest::Guest::new(opened.kernel.clone());
+    let report = secmon_detect::check(&guest, detectors(), Confirmation::default());
     sorted(report.findings.iter().map(Into::into).collect())
 }
 

@@ -98,7 +98,8 @@ pub fn measure(suite: Suite, effort: Effort) -> Result<Measured> {
         builder = builder.specimens(specimens::modules(suite, &kernel)?);
     }
     let lab = builder.boot()?;
-    let opened = open::target(&format!("qemu:{}", lab.pid()))?;
+    let file = open::kernel_file(&kernel.image())?;
+    let opened = open::target(&format!("qemu:{}", lab.pid()))?.with_reference(&file);
     let mut bench = Bench {
         lab: &lab,
         effort,
@@ -113,7 +114,7 @@ pub fn measure(suite: Suite, effort: Effort) -> Result<Measured> {
         },
     };
     bench.clean(&opened)?;
-    let image = open::image(&lab.ram_file().context("a RAM file")?)?;
+    let image = open::image(&lab.ram_file().context("a RAM file")?)?.with_reference(&file);
     let monitor = effort.monitor.then(|| everywhere::monitor(&lab));
     let monitor = monitor.transpose()?;
     let places = Places {
