@@ -10,6 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use iced_x86::{Decoder, DecoderOptions};
+use secmon_guest::linux::per_cpu::PerCpu;
 use secmon_guest::{Selection, Value};
 use secmon_lab::specimens::Edit;
 use secmon_memory::VirtualAddress;
@@ -25,6 +26,10 @@ const OVERFLOW: u64 = 4;
 const GATE: u64 = 16;
 /// The module that is hidden, and whose code pointers are led to.
 const MODULE: &str = "unix_diag";
+/// An entry of the table of segments that the kernel leaves empty, and 64-bit
+/// code of privilege 3.
+const UNUSED_SEGMENT: u64 = 7;
+const USER_CODE: u64 = 0x00af_fb00_0000_ffff;
 /// `CAP_LAST_CAP` and below, of all kernels here.
 const ALL_CAPABILITIES: u64 = (1 << 41) - 1;
 
@@ -86,6 +91,27 @@ impl<'a> Edited<'a> {
                 let place = self.symbol(symbol)?;
                 let offset = self.types()?.member(structure, member)?.offset;
                 self.lead_to_module(place.wrapping_add(offset))
+            }
+            Edit::SecurityHook => {
+                let place = self.security_hook()?;
+                self.lead_to_module(place)
+            }
+            Edit::DeviceOperations => {
+                let rows = read_table(&self.opened.guest(), "interfaces", Selection::default())?;
+                let name = Value::from("lo");
+                let row = rows.iter().find(|row| row.get("name") == Some(&name));
+                let device = address(row.context("no loopback device")?, "address")?;
+                let offset = self.types()?.member("net_device", "netdev_ops")?.offset;
+                self.lead_to_module(device.wrapping_add(offset))
+            }
+            Edit::SegmentDescriptor => {
+                let table = self.symbol("gdt_page")?;
+                let cpus = PerCpu::read(&self.opened.guest(), "edits")?;
+                let table = cpus.address(table, 0).context("no CPU 0")?;
+                self.write(
+                    table.wrapping_add(8 * UNUSED_SEGMENT),
+                    &USER_CODE.to_le_bytes(),
+                )
             }
             Edit::Jump(symbol) => {
                 let place = self.symbol(symbol)?;
@@ -180,6 +206,24 @@ impl<'a> Edited<'a> {
     fn lead_to_module(&mut self, place: VirtualAddress) -> Result<()> {
         let target = address(&self.module()?, "base")?;
         self.write(place, &target.as_u64().to_le_bytes())
+    }
+
+    /// Where the function of the first hook of `capable` lies.
+    fn security_hook(&self) -> Result<VirtualAddress> {
+        let types = self.types()?;
+        if let Ok(calls) = self.symbol("static_calls_table") {
+            let call = types.member("lsm_static_calls_table", "capable")?.offset
+                + types.member("lsm_static_call", "key")?.offset;
+            let key = self.read(calls.wrapping_add(call))?;
+            let function = types.member("static_call_key", "func")?.offset;
+            return Ok(VirtualAddress::new(key).wrapping_add(function));
+        }
+        let heads = self.symbol("security_hook_heads")?;
+        let head = types.member("security_hook_heads", "capable")?.offset;
+        let hook = VirtualAddress::new(self.read(heads.wrapping_add(head))?);
+        let list = types.member("security_hook_list", "list")?.offset;
+        let function = types.member("security_hook_list", "hook")?.offset;
+        Ok(hook.wrapping_sub(list).wrapping_add(function))
     }
 
     fn types(&self) -> Result<&'a Types> {

@@ -19,13 +19,14 @@ pub struct Opened {
     /// The kernel's own file, if it is to be compared with it.
     reference: Option<Arc<KernelFile>>,
     /// What keeps the target open.
-    _target: OpenedTarget,
+    target: OpenedTarget,
 }
 
 impl Opened {
     /// The guest with no diagnostics yet.
     pub fn guest(&self) -> Guest {
-        let guest = Guest::new(self.kernel.clone());
+        let registers = self.target.hints.registers.clone();
+        let guest = Guest::new(self.kernel.clone()).with_registers(registers);
         match &self.reference {
             Some(file) => guest.with_reference(file.clone()),
             None => guest,
@@ -64,7 +65,7 @@ fn target_with(name: &str, isf: Option<PathBuf>) -> Result<Opened> {
         memory: opened.memory.clone(),
         kernel,
         reference: None,
-        _target: opened,
+        target: opened,
     })
 }
 

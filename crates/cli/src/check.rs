@@ -346,6 +346,9 @@ impl Checked {
             if let Some(reason) = &detector.not_checked {
                 reporter.warn(format_args!("{name}: not checked: {reason}"));
             }
+            if let Some(limits) = &detector.limits {
+                reporter.say(format_args!("{name}: not all could be looked at: {limits}"));
+            }
             if detector.dropped > 0 {
                 reporter.warn(format_args!(
                     "{name}: {} more findings than are kept",
@@ -503,6 +506,7 @@ struct DetectorObject<'a> {
     detector: &'a str,
     checked: bool,
     not_checked: Option<&'a str>,
+    limits: Option<&'a str>,
     findings: u64,
     unconfirmed: u64,
     unconfirmed_summaries: &'a [String],
@@ -517,6 +521,7 @@ impl<'a> DetectorObject<'a> {
             detector: &result.detector,
             checked: result.not_checked.is_none(),
             not_checked: result.not_checked.as_deref(),
+            limits: result.limits.as_deref(),
             findings: result.findings,
             unconfirmed: result.unconfirmed,
             unconfirmed_summaries: &result.unconfirmed_summaries,

@@ -271,7 +271,7 @@ impl<'a> Session<'a> {
         for conflict in &kernel.conflicts {
             self.reporter.warn(conflict);
         }
-        Ok(Guest::new(kernel))
+        Ok(Guest::new(kernel).with_registers(source.target.hints.registers.clone()))
     }
 
     /// Finds the kernel, then gives up the right to open files.

@@ -86,6 +86,8 @@ pub struct DetectorReport {
     pub detector: &'static str,
     /// Whether it looked to the end.
     pub outcome: Outcome,
+    /// What it can't look at in this guest.
+    pub limits: Option<&'static str>,
     /// How many of its findings are reported.
     pub findings: usize,
     /// What it saw, but not often enough to be reported.
@@ -117,9 +119,13 @@ pub fn check(
         Volatility::Static => Confirmation::ONCE,
         Volatility::Live => confirmation,
     };
-    confirm(detectors, confirmation, &mut |detector, findings| {
+    let mut report = confirm(detectors, confirmation, &mut |detector, findings| {
         detector.run(guest, findings)
-    })
+    });
+    for (report, detector) in report.detectors.iter_mut().zip(detectors) {
+        report.limits = detector.limits(guest);
+    }
+    report
 }
 
 /// One look of a detector.
@@ -168,6 +174,7 @@ pub struct Round {
     /// Whether a look came to its end.
     complete: bool,
     error: Option<DetectError>,
+    limits: Option<&'static str>,
     /// By name and subject: the latest, and in how many looks it was seen.
     seen: BTreeMap<(&'static str, String), Seen>,
     dropped: u64,
@@ -194,6 +201,7 @@ impl Round {
             pause: confirmation.pause,
             complete: false,
             error: None,
+            limits: None,
             seen: BTreeMap::new(),
             dropped: 0,
             looks: 0,
@@ -203,6 +211,7 @@ impl Round {
 
     /// Looks once.
     pub fn look(&mut self, guest: &Guest) {
+        self.limits = self.detector.limits(guest);
         self.look_with(&mut |detector, findings| detector.run(guest, findings));
     }
 
@@ -278,6 +287,7 @@ impl Round {
         let report = DetectorReport {
             detector: self.detector.name(),
             outcome,
+            limits: self.limits,
             findings: confirmed.len(),
             unconfirmed: unconfirmed.into_iter().map(|seen| seen.finding).collect(),
             dropped: self.dropped,

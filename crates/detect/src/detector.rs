@@ -22,6 +22,12 @@ pub trait Detector: Sync {
     /// What it reads, and how that grows.
     fn cost(&self) -> &'static str;
 
+    /// What it can't look at in this guest, whatever it does, without its full
+    /// stop; none if nothing.
+    fn limits(&self, _guest: &Guest) -> Option<&'static str> {
+        None
+    }
+
     /// Looks at the guest once and hands out what it finds.
     ///
     /// A running guest changes between two views. So what differs is read

@@ -21,6 +21,7 @@ mod named_processes;
 mod network;
 mod process_integrity;
 pub mod processes;
+mod registers;
 mod rows;
 mod subject;
 mod system_calls;
@@ -39,6 +40,7 @@ pub fn detectors() -> &'static [&'static dyn Detector] {
         &modules::Modules,
         &system_calls::SystemCalls,
         &interrupts::Interrupts,
+        &registers::Registers,
         &kernel_pointers::KernelPointers,
         &kernel_text::KernelText,
         &kernel_image::KernelImage,

@@ -5,7 +5,7 @@ use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock, RwLock};
 
-use secmon_memory::{AddressSpace, ReadError, VirtualAddress};
+use secmon_memory::{AddressSpace, CpuRegisters, ReadError, VirtualAddress};
 use secmon_profile::{Kernel, Member, Symbols, Types};
 use secmon_reference::{Expected, KernelFile, ReferenceError};
 
@@ -19,6 +19,7 @@ pub struct Guest {
     /// Addresses of the symbols that were asked for.
     addresses: RwLock<HashMap<&'static str, Option<VirtualAddress>>>,
     diagnostics: Diagnostics,
+    registers: Vec<CpuRegisters>,
     pub(crate) unowned_code: Sightings,
     /// The kernel's own file, if somebody gave it.
     reference: Option<Arc<KernelFile>>,
@@ -36,6 +37,7 @@ impl Guest {
             layouts: RwLock::default(),
             addresses: RwLock::default(),
             diagnostics: Diagnostics::default(),
+            registers: Vec::new(),
             unowned_code: Sightings::default(),
             reference: None,
             expected: OnceLock::new(),
@@ -78,6 +80,19 @@ impl Guest {
             self.expected
                 .get_or_init(|| Expected::new(file, slide, &running)),
         ))
+    }
+
+    /// The same guest, of whose CPUs these registers are known.
+    #[must_use]
+    pub fn with_registers(mut self, registers: impl IntoIterator<Item = CpuRegisters>) -> Self {
+        self.registers = registers.into_iter().collect();
+        self
+    }
+
+    /// The registers of the CPUs, in the hypervisor's order; none if whoever
+    /// opened the guest was not told them.
+    pub fn registers(&self) -> &[CpuRegisters] {
+        &self.registers
     }
 
     /// The kernel as it was found.

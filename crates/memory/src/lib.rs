@@ -16,6 +16,7 @@ mod mapped;
 mod mappings;
 mod paging;
 mod physical;
+mod registers;
 mod space;
 mod tlb;
 mod volatile;
@@ -30,5 +31,6 @@ pub use paging::{
     NotPresent, PageSize, PagingMode, Rights, TableLevel, Translation, TranslationError,
 };
 pub use physical::{LayoutError, MemoryRegion, PhysicalMemory, PhysicalReadError, Volatility};
+pub use registers::CpuRegisters;
 pub use space::{AddressSpace, ReadError, WalkStep};
 pub use volatile::VolatileBytes;

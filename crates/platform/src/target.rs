@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secmon_memory::{PhysicalAddress, PhysicalMemory};
+use secmon_memory::{CpuRegisters, PhysicalAddress, PhysicalMemory};
 
 use crate::image::{self, ImageError, ImageFormat, ImageOptions, Judge};
 use crate::ivshmem::{self, IvshmemError, IvshmemOptions, PciAddress, PciAddressError};
@@ -150,6 +150,9 @@ pub struct Hints {
     pub vmcoreinfo: Option<Vec<u8>>,
     /// The page-table roots of vCPUs that have paging on, without repetition.
     pub page_table_roots: Vec<PhysicalAddress>,
+    /// The registers of the vCPUs when the target was opened or the image was
+    /// written, where it tells them.
+    pub registers: Vec<CpuRegisters>,
 }
 
 /// An open target.
@@ -271,6 +274,7 @@ fn opened_qemu(target: QemuTarget) -> OpenedTarget {
         hints: Hints {
             vmcoreinfo: None,
             page_table_roots: target.page_table_roots.clone(),
+            registers: target.registers.clone(),
         },
         pause: Some(pause),
         notes: target.notes.clone(),
@@ -299,6 +303,7 @@ fn open_file(path: &Path, options: &OpenOptions<'_>) -> Result<OpenedTarget, Ope
         description: format!("{} image {}", image.format, path.display()),
         hints: Hints {
             page_table_roots: image.hints.page_table_roots(),
+            registers: image.hints.vcpus.iter().map(Into::into).collect(),
             vmcoreinfo: image.hints.vmcoreinfo,
         },
         pause: None,

@@ -107,6 +107,12 @@ pub enum Edit {
         /// The pointer.
         member: &'static str,
     },
+    /// The function of a security module's hook.
+    SecurityHook,
+    /// The operations of the loopback device.
+    DeviceOperations,
+    /// A segment that the kernel does not have, for the first CPU.
+    SegmentDescriptor,
     /// A jump over the first bytes of a function.
     Jump(&'static str),
     /// One bit of a function.

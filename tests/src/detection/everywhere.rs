@@ -18,9 +18,9 @@ use crate::open::{self, Opened};
 /// How long a monitoring VM may take to know its target.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// Detectors whose specimens change instructions: those can't stand beside
-/// each other.
-const OF_CODE: &[&str] = &["kernel_text", "tracing", "system_calls"];
+/// Detectors whose specimens change instructions, which can't stand beside
+/// each other, or registers, which are not told everywhere.
+const ALONE: &[&str] = &["kernel_text", "tracing", "system_calls", "registers"];
 
 /// What was found of many specimens at once.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -100,7 +100,7 @@ pub fn start_many(guest: &Guest, suite: Suite) -> Result<Vec<Active<'_>>> {
 /// What only one specimen at a time can have; nothing for one that stands
 /// alone.
 fn resources(specimen: &Specimen) -> Vec<&'static str> {
-    if OF_CODE.contains(&specimen.expected.detector) || specimen.expected.finding.is_none() {
+    if ALONE.contains(&specimen.expected.detector) || specimen.expected.finding.is_none() {
         return Vec::new();
     }
     let of_module = |needs: &'static [Need], file| {

@@ -39,6 +39,7 @@ pub mod pid;
 pub mod process;
 pub mod process_tree;
 pub mod processes;
+pub mod protection;
 pub mod rb_tree;
 pub(crate) mod references;
 pub mod rhashtable;

@@ -66,6 +66,9 @@ pub struct DetectorResult {
     pub detector: String,
     /// Why it did not look to the end.
     pub not_checked: Option<String>,
+    /// What it can't look at in this guest.
+    #[serde(default)]
+    pub limits: Option<String>,
     /// How many of its findings are reported.
     pub findings: u64,
     /// How many were seen, but not often enough.
@@ -123,6 +126,7 @@ pub fn results(report: &Report) -> Vec<DetectorResult> {
             Outcome::Checked => None,
             Outcome::NotChecked(reason) => Some(reason.clone()),
         },
+        limits: detector.limits.map(str::to_owned),
         findings: detector.findings as u64,
         unconfirmed: detector.unconfirmed.len() as u64,
         unconfirmed_summaries: detector

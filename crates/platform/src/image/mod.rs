@@ -28,7 +28,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress, Volatility};
+use secmon_memory::{CpuRegisters, PhysicalAddress, PhysicalMemory, VirtualAddress, Volatility};
 
 pub use error::{ImageError, ImageNote};
 pub use raw::candidate_layouts;
@@ -167,6 +167,20 @@ pub struct VcpuState {
     pub cr4: u64,
     /// The other GS base (MSR `IA32_KERNEL_GS_BASE`); older QEMUs lack it.
     pub kernel_gs_base: Option<VirtualAddress>,
+}
+
+impl From<&VcpuState> for CpuRegisters {
+    fn from(state: &VcpuState) -> Self {
+        Self {
+            cr0: state.cr0,
+            cr3: state.cr3.as_u64(),
+            cr4: state.cr4,
+            gdt_base: Some(state.gdt_base),
+            idt_base: Some(state.idt_base),
+            // QEMU writes no MSRs.
+            efer: None,
+        }
+    }
 }
 
 /// Opens the image at `path`.

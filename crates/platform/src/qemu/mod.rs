@@ -28,9 +28,7 @@ pub use open::{
 };
 pub use pause::{Pause, PauseError, PauseMethod};
 pub use process::ProcessId;
-pub use qmp::{
-    DEFAULT_TIMEOUT, QemuDescriptor, QmpClient, QmpError, RamBlock, RunState, VcpuRegisters,
-};
+pub use qmp::{DEFAULT_TIMEOUT, QemuDescriptor, QmpClient, QmpError, RamBlock, RunState};
 pub use ram_file::{RamFile, RamFileError, RamFileKind};
 
 #[cfg(test)]

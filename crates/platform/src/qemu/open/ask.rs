@@ -42,7 +42,7 @@ impl Opening<'_> {
         let notes = self.notes.len();
         let pieces = self.pieces_from_qmp(&mut client);
         match &pieces {
-            Ok(_) => self.ask_page_table_roots(&mut client),
+            Ok(_) => self.ask_registers(&mut client),
             // What it said is not what is used.
             Err(_) => self.notes.truncate(notes),
         }
@@ -50,8 +50,9 @@ impl Opening<'_> {
     }
 
     /// A hint, no more: a QEMU that does not tell is no worse a target.
-    fn ask_page_table_roots(&mut self, client: &mut QmpClient) {
-        for registers in client.registers().unwrap_or_default() {
+    fn ask_registers(&mut self, client: &mut QmpClient) {
+        self.registers = client.registers().unwrap_or_default();
+        for registers in &self.registers {
             let root = PhysicalAddress::new(registers.cr3);
             // CR0.PG
             if registers.cr0 & (1 << 31) != 0 && !self.page_table_roots.contains(&root) {

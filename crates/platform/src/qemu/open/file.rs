@@ -140,6 +140,7 @@ pub(super) fn open_stated_file(
         access: Access::MappedFile(path),
         layout_source,
         page_table_roots: Vec::new(),
+        registers: Vec::new(),
         notes,
     })
 }

@@ -297,6 +297,7 @@ mod tests {
                 mappings,
                 notes: Vec::new(),
                 page_table_roots: Vec::new(),
+                registers: Vec::new(),
             };
             let located = opening.locate(&memory, &[], name, size << 20);
             let located = located.unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
@@ -329,6 +330,7 @@ mod tests {
                 mappings: Vec::new(),
                 notes: Vec::new(),
                 page_table_roots: Vec::new(),
+                registers: Vec::new(),
             };
             // Blocks whose offset in RAM can be told from their address.
             let total: u64 = sizes.iter().sum();

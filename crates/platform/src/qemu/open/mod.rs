@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use secmon_memory::{PhysicalAddress, PhysicalMemory};
+use secmon_memory::{CpuRegisters, PhysicalAddress, PhysicalMemory};
 
 use super::discovery::QemuProcess;
 use super::process::{self, Mapping, ProcessHandle, ProcessId};
@@ -117,6 +117,8 @@ pub struct QemuTarget {
     /// The page-table roots of the vCPUs that have paging on, without
     /// repetition, where QMP was asked for them.
     pub page_table_roots: Vec<PhysicalAddress>,
+    /// The registers of the vCPUs at that moment, where QMP was asked for them.
+    pub registers: Vec<CpuRegisters>,
     /// What a user should know: what could not be confirmed, what is missing.
     pub notes: Vec<String>,
     handle: ProcessHandle,
@@ -175,6 +177,7 @@ pub fn open_process(process: QemuProcess, options: &QemuOptions) -> Result<QemuT
         mappings,
         notes: Vec::new(),
         page_table_roots: Vec::new(),
+        registers: Vec::new(),
     };
     if process.command_line.confidential {
         opening.notes.push(
@@ -195,6 +198,7 @@ pub fn open_process(process: QemuProcess, options: &QemuOptions) -> Result<QemuT
     let (memory, access) = opening.map_or_read(&pieces)?;
     let notes = opening.notes;
     let page_table_roots = opening.page_table_roots;
+    let registers = opening.registers;
     Ok(QemuTarget {
         handle: handle(process.id)?,
         process,
@@ -202,6 +206,7 @@ pub fn open_process(process: QemuProcess, options: &QemuOptions) -> Result<QemuT
         access,
         layout_source,
         page_table_roots,
+        registers,
         notes,
     })
 }
@@ -213,6 +218,7 @@ struct Opening<'a> {
     mappings: Vec<Mapping>,
     notes: Vec<String>,
     page_table_roots: Vec<PhysicalAddress>,
+    registers: Vec<CpuRegisters>,
 }
 
 /// Where a block of main RAM was found.

@@ -3,6 +3,7 @@
 //! Source, of the human monitor's commands: QEMU `monitor/hmp-cmds-target.c`
 //! (`gpa2hva`), `target/i386/cpu-dump.c` (`info registers`).
 
+use secmon_memory::{CpuRegisters, VirtualAddress};
 use serde_json::{Value, json};
 
 use super::{QmpClient, QmpError};
@@ -23,17 +24,6 @@ pub struct RamBlock {
     pub name: String,
     /// The bytes in use.
     pub used: u64,
-}
-
-/// A vCPU's registers that matter to translation, from `info registers`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct VcpuRegisters {
-    /// Control register 0: bit 31 is paging.
-    pub cr0: u64,
-    /// Control register 3: the page-table root, and the PCID in bits 11 to 0.
-    pub cr3: u64,
-    /// Control register 4: bit 12 is 5-level paging.
-    pub cr4: u64,
 }
 
 impl QmpClient {
@@ -134,7 +124,7 @@ impl QmpClient {
     ///
     /// # Errors
     /// As [`execute`](Self::execute).
-    pub fn registers(&mut self) -> Result<Vec<VcpuRegisters>, QmpError> {
+    pub fn registers(&mut self) -> Result<Vec<CpuRegisters>, QmpError> {
         let text = self.monitor_command("info registers -a")?;
         Ok(parse_registers(&text))
     }
@@ -164,21 +154,40 @@ fn parse_host_address(text: &str) -> Option<(String, u64)> {
     Some((name.to_owned(), u64::from_str_radix(address, 16).ok()?))
 }
 
-fn parse_registers(text: &str) -> Vec<VcpuRegisters> {
-    let mut vcpus: Vec<VcpuRegisters> = Vec::new();
-    for line in text.lines().filter(|line| line.starts_with("CR0=")) {
-        let register = |name: &str| {
-            let value = line.split_ascii_whitespace().find_map(|field| {
-                let value = field.strip_prefix(name)?;
-                u64::from_str_radix(value.strip_prefix('=')?, 16).ok()
+/// Each vCPU's part has `GDT=` and `IDT=` with base and limit, then a line of
+/// control registers, then `EFER=`.
+fn parse_registers(text: &str) -> Vec<CpuRegisters> {
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let register = |line: &str, name: &str| {
+        line.split_ascii_whitespace()
+            .find_map(|field| number(field.strip_prefix(name)?.strip_prefix('=')?))
+    };
+    let base = |rest: &str| {
+        let base = rest.split_ascii_whitespace().next().and_then(number);
+        base.map(VirtualAddress::new)
+    };
+    let mut vcpus: Vec<CpuRegisters> = Vec::new();
+    // Those of the next vCPU, whose control registers come behind them.
+    let (mut gdt_base, mut idt_base) = (None, None);
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("GDT=") {
+            gdt_base = base(rest);
+        } else if let Some(rest) = line.strip_prefix("IDT=") {
+            idt_base = base(rest);
+        } else if line.starts_with("CR0=") {
+            vcpus.push(CpuRegisters {
+                cr0: register(line, "CR0").unwrap_or(0),
+                cr3: register(line, "CR3").unwrap_or(0),
+                cr4: register(line, "CR4").unwrap_or(0),
+                gdt_base: gdt_base.take(),
+                idt_base: idt_base.take(),
+                efer: None,
             });
-            value.unwrap_or(0)
-        };
-        vcpus.push(VcpuRegisters {
-            cr0: register("CR0"),
-            cr3: register("CR3"),
-            cr4: register("CR4"),
-        });
+        } else if line.starts_with("EFER=")
+            && let Some(vcpu) = vcpus.last_mut()
+        {
+            vcpu.efer = register(line, "EFER");
+        }
     }
     vcpus
 }
@@ -217,15 +226,27 @@ mod tests {
             None
         );
         let registers = parse_registers(
-            "\nCPU#0\nRAX=0000000000000000\nCR0=80050033 CR2=00007f CR3=0000000002a0c000 CR4=00001ef0\n",
+            "\nCPU#0\nRAX=0000000000000000\nGDT=     fffffe1b706a0000 0000007f\n\
+             IDT=     fffffe0000000000 00000fff\n\
+             CR0=80050033 CR2=00007f CR3=0000000002a0c000 CR4=00001ef0\n\
+             EFER=0000000000000d01\nCPU#1\nCR0=60000010 CR2=0 CR3=0 CR4=0\n",
         );
         assert_eq!(
             registers,
-            [VcpuRegisters {
-                cr0: 0x8005_0033,
-                cr3: 0x2a0_c000,
-                cr4: 0x1ef0
-            }]
+            [
+                CpuRegisters {
+                    cr0: 0x8005_0033,
+                    cr3: 0x2a0_c000,
+                    cr4: 0x1ef0,
+                    gdt_base: Some(VirtualAddress::new(0xffff_fe1b_706a_0000)),
+                    idt_base: Some(VirtualAddress::new(0xffff_fe00_0000_0000)),
+                    efer: Some(0xd01),
+                },
+                CpuRegisters {
+                    cr0: 0x6000_0010,
+                    ..CpuRegisters::default()
+                },
+            ]
         );
     }
 

@@ -24,7 +24,7 @@ use rustix::net::{
 };
 use serde_json::{Value, json};
 
-pub use commands::{RamBlock, RunState, VcpuRegisters};
+pub use commands::{RamBlock, RunState};
 pub use error::QmpError;
 
 /// The longest line taken from QEMU. `info mtree -f` of a machine with
