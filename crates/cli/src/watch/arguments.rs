@@ -5,18 +5,22 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use secmon_watch::policy::Budget;
 
+use crate::respond::GateOptions;
+
 /// What the help of `watch` says at its end.
 pub const EXAMPLES: &str = "\
 Examples:
   secmon -t qemu:web1 watch                                    a line for each change
   secmon -t qemu:web1 watch --policy web1.toml --store web1.db
   secmon -t monitor:web1 watch --store web1.db --ndjson -      what the monitoring VM finds
+  secmon -t qemu:web1 watch --policy web1.toml --gate gate.sock --gate-key 6f1c… --key operator.key
   secmon watch --check-policy web1.toml                        is the file right?
   secmon findings --store web1.db                              what is stored
 
 A policy says which detectors look how often, what is reported, what is excepted until when and
 why, and what is done about findings: docs/policy.md. Without one all detectors look, in 5% of a
-core, and nothing is done.
+core, and nothing is done. What acts on the target needs its gate (--gate, --gate-key, --key, as for
+`secmon respond`); a monitoring VM uses its own.
 
 It ends with SIGINT or SIGTERM, and then says what it did.
 
@@ -51,6 +55,9 @@ pub struct WatchArguments {
     /// Append each event as a JSON object to this file; - is stdout
     #[arg(long, value_name = "FILE")]
     pub ndjson: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub gate: GateOptions,
 
     /// End after so many seconds
     #[arg(long, value_name = "SECONDS")]

@@ -8,6 +8,7 @@
 
 pub mod arguments;
 mod engine;
+mod gate;
 mod local;
 mod remote;
 mod sinks;
@@ -114,10 +115,13 @@ pub fn watch(common: &Common, arguments: &WatchArguments, reporter: Reporter) ->
         troubled: false,
     };
     let target = common.target.clone().unwrap_or_default();
-    let mut reactions = desk.source.reacts_here().then(|| {
+    let responder = gate::responder(&arguments.gate, &target)?;
+    let mut reactions = if desk.source.reacts_here() {
         let telling = teller(sender.clone(), target);
-        Reactions::new(&policy, None, telling)
-    });
+        Some(Reactions::new(&policy, responder, telling))
+    } else {
+        None
+    };
     drop(sender);
     let end = arguments
         .seconds

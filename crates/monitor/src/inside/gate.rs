@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use secmon_channel::{KeyPair, PublicKey, Stream};
 use secmon_gate::client::{ClientError, GateClient};
 use secmon_gate::protocol::{self as gate, Answer, Event, ReleaseReason, Request};
+use secmon_respond::{Line, RespondError, Work};
 
 use crate::protocol::{FindingKind, GateReport, Refusal, Severity};
 
@@ -27,6 +28,8 @@ const BEGIN: Duration = Duration::from_secs(10);
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long somebody waits for the gate's thread.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long what a policy wants may take: a dump writes all of memory.
+const WORK: Duration = Duration::from_secs(600);
 /// Requests of the monitor's threads that wait for a gate.
 const QUEUE: usize = 16;
 
@@ -37,8 +40,23 @@ type Tell<'a> = dyn Fn(Severity, FindingKind, &str) + 'a;
 enum Command {
     /// Hold the target still.
     Hold(SyncSender<Result<(), Why>>),
+    /// Do what a policy wants done.
+    Work(Work, SyncSender<Result<String, RespondError>>),
     /// Let it go; says whether it stood still until now.
     Release(Option<SyncSender<Result<(), String>>>),
+}
+
+/// A way to the gate for what a policy wants done.
+pub(super) struct GateLine(pub(super) Arc<Gate>);
+
+impl Line for GateLine {
+    fn run(&mut self, work: Work) -> Result<String, RespondError> {
+        let ended = || RespondError::NoGate("the connection to the gate ended".to_owned());
+        let (answer, result) = sync_channel(1);
+        let sent = self.0.commands.send(Command::Work(work, answer));
+        sent.map_err(|_| ended())?;
+        result.recv_timeout(WORK).unwrap_or_else(|_| Err(ended()))
+    }
 }
 
 /// Why the target is not held.
@@ -184,6 +202,10 @@ impl Way {
                         let reason = format!("its gate can't be reached: {reason}");
                         let _ = answer.try_send(Err(Why::Failed(reason)));
                     }
+                    Ok(Command::Work(_, answer)) => {
+                        let reason = format!("it can't be reached: {reason}");
+                        let _ = answer.try_send(Err(RespondError::NoGate(reason)));
+                    }
                     Ok(Command::Release(answer)) => {
                         let _ = self.let_go(answer, None);
                     }
@@ -241,6 +263,9 @@ impl Way {
             match self.commands.recv_timeout(wait) {
                 Ok(Command::Hold(answer)) => {
                     self.hold(&mut client, &mut lease, &answer)?;
+                }
+                Ok(Command::Work(work, answer)) => {
+                    let _ = answer.try_send(work(&mut client));
                 }
                 Ok(Command::Release(answer)) => self.let_go(answer, Some(&mut client))?,
                 Err(_) if self.holders > 0 && self.lost.is_none() => {
