@@ -37,6 +37,8 @@ fn program() -> Result<PathBuf> {
             "--release",
             "--package",
             "secmon",
+            // Without what takes events on a host.
+            "--no-default-features",
             "--target",
             TARGET,
         ])

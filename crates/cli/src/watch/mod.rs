@@ -23,7 +23,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow};
 use secmon_guest::TrustLevel;
 use secmon_store::{Keeper, Kept, Store};
-use secmon_watch::{Event, Incident, Policy, Reactions, Sink};
+use secmon_watch::{Event, Incident, Policy, Reactions, Sink, SinkError};
 
 use crate::arguments::{Common, Format};
 use crate::policy;
@@ -34,6 +34,8 @@ use arguments::WatchArguments;
 const ALARM: u8 = 1;
 /// Events that may wait between a source and the sinks.
 const QUEUE: usize = 1024;
+/// Between two complaints about sinks that make events wait.
+const COMPLAIN: Duration = Duration::from_secs(30);
 /// How long one waits for an event before looking at signals.
 const LOOK: Duration = Duration::from_millis(200);
 /// How long what ends may take to tell its last events.
@@ -112,7 +114,7 @@ pub fn watch(common: &Common, arguments: &WatchArguments, reporter: Reporter) ->
         reporter,
         unacknowledged: None,
         alarms: 0,
-        troubled: false,
+        complained: None,
     };
     let target = common.target.clone().unwrap_or_default();
     let responder = gate::responder(&arguments.gate, &target)?;
@@ -179,8 +181,8 @@ struct Desk {
     /// The latest event that is to be acknowledged and waits in the keeper.
     unacknowledged: Option<u64>,
     alarms: u64,
-    /// Whether it was said that a sink has trouble.
-    troubled: bool,
+    /// When trouble of a sink was last said.
+    complained: Option<Instant>,
 }
 
 impl Desk {
@@ -257,20 +259,14 @@ impl Desk {
             Some(keeper) => keeper.take(event.clone()),
             None => Kept::Stored,
         };
-        for sink in &mut self.sinks {
-            if let Err(error) = sink.take(event) {
-                self.reporter.warn(error);
-            }
-        }
+        let taken: Vec<_> = self.sinks.iter_mut().map(|sink| sink.take(event)).collect();
+        self.complain(taken);
         self.settle(kept)
     }
 
     fn idle(&mut self) -> Result<()> {
-        for sink in &mut self.sinks {
-            if let Err(error) = sink.idle() {
-                self.reporter.warn(error);
-            }
-        }
+        let idle: Vec<_> = self.sinks.iter_mut().map(|sink| sink.idle()).collect();
+        self.complain(idle);
         match &mut self.keeper {
             Some(keeper) if keeper.waiting() > 0 => {
                 let kept = keeper.retry();
@@ -280,18 +276,31 @@ impl Desk {
         }
     }
 
+    /// Says what is wrong with sinks, now and then: it may be so for long. What
+    /// they lost they count until it is said.
+    fn complain(&mut self, results: Vec<Result<(), SinkError>>) {
+        for error in results.into_iter().filter_map(Result::err) {
+            let early = self
+                .complained
+                .is_some_and(|said| said.elapsed() < COMPLAIN);
+            if early && matches!(error, SinkError::Delayed { .. }) {
+                continue;
+            }
+            self.complained = Some(Instant::now());
+            self.reporter.warn(error);
+        }
+    }
+
     fn settle(&mut self, kept: Kept) -> Result<()> {
         let lost = match kept {
             Kept::Stored => 0,
             Kept::StoredAgain { lost } => {
-                self.troubled = false;
                 self.reporter
                     .warn("the store takes events again; those that waited are in it");
                 lost
             }
             Kept::Waits { reason } => {
                 if let Some(reason) = reason {
-                    self.troubled = true;
                     self.reporter.warn(format_args!(
                         "events can't be stored and wait: {reason}; the watch goes on"
                     ));
