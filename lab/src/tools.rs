@@ -72,6 +72,9 @@ const LIBRARIES: &[(&str, &[&str])] = &[
     ("libbz2-1.0", &["libbz2.so.1.0"]),
 ];
 
+/// The product's own reader.
+const READER: &[u8] = include_bytes!("../../reader/secmon-reader");
+
 /// Where Debian's libraries lie.
 const LIBRARY_FOLDER: &str = "lib/x86_64-linux-gnu";
 
@@ -142,6 +145,7 @@ pub fn pack(archive: &mut Initramfs) -> Result<()> {
             archive.add(called, Entry::Program(&bytes))?;
         }
     }
+    archive.add("etc/secmon-reader", Entry::Program(READER))?;
     let package = fs::read(tools.join("package.deb"))?;
     archive.add("etc/packages/package.deb", Entry::File(&package))?;
     Ok(())

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use secmon_detect::{Technique, detectors};
+use secmon_detect::{Technique, described, detectors};
 use secmon_lab::Suite;
 use secmon_lab::specimens::{ALL, How, Specimen, Verdict};
 
@@ -21,7 +21,7 @@ pub fn text(measured: &[Measured]) -> String {
          know of); the first two are alarms. On a running guest a finding is reported only after \
          several looks agree on it.\n\n## Detectors\n",
     );
-    for detector in detectors() {
+    for detector in described() {
         let techniques: Vec<_> = detector.techniques().iter().copied().map(link).collect();
         let _ = write!(
             text,

@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use secmon_detect::lies::{FOLDERS, Lies, Question};
 use secmon_detect::{Confirmation, Detector, Report};
 use secmon_guest::{ColumnInfo, Kind, TrustLevel, Value};
+use secmon_memory::Volatility;
 use secmon_monitor::protocol::{self, Cell, CheckEvidence, CheckFinding, DetectorResult};
 use secmon_watch::policy::{Day, Exception};
 use secmon_watch::{EvidenceRecord, FindingRecord, Policy};
@@ -19,6 +21,7 @@ use crate::arguments::Format;
 use crate::columns::near;
 use crate::listing::{self, column};
 use crate::output::{Rows, json};
+use crate::reader::SocketReader;
 use crate::reference;
 use crate::report::{Advise, Reporter};
 use crate::session::Session;
@@ -34,6 +37,7 @@ Examples:
   secmon -t qemu:web1 check                        all detectors, once
   secmon -t file:memory.raw check --format json    with all evidence and each detector's time
   secmon -t monitor:m1 check --detector processes  through the monitoring VM
+  secmon -t qemu:web1 check --reader web1.sock     and ask the reader in the guest
   secmon check --list                              what each detector compares, and what evades it
 
 A running guest is looked at several times before anything is reported. What was seen too seldom
@@ -68,6 +72,15 @@ pub struct CheckArguments {
     /// Say on stderr how long each detector looked (JSON always has it)
     #[arg(long)]
     pub timings: bool,
+
+    /// Also ask the reader in the guest what programs there are told (detector lies): the socket of
+    /// its virtio-serial port org.secmon.reader
+    #[arg(long, value_name = "SOCKET", conflicts_with = "list")]
+    pub reader: Option<PathBuf>,
+
+    /// The folders that the reader lists, instead of some usual ones
+    #[arg(long, value_name = "PATH", requires = "reader", value_delimiter = ',')]
+    pub reader_folders: Vec<String>,
 }
 
 impl CheckArguments {
@@ -97,6 +110,13 @@ impl CheckArguments {
         }
         let mut chosen: Vec<&'static dyn Detector> = Vec::new();
         for name in &self.detectors {
+            if name == "lies" {
+                if self.reader.is_none() {
+                    return Err(anyhow::anyhow!("the detector `lies` needs somebody to ask"))
+                        .advise("name the socket of the guest's reader with --reader");
+                }
+                continue;
+            }
             let Some(detector) = secmon_detect::detector(name) else {
                 let error = anyhow::anyhow!("there is no detector `{name}`");
                 let like = near(name, known.iter().map(|detector| detector.name()));
@@ -111,6 +131,30 @@ impl CheckArguments {
         }
         Ok(chosen)
     }
+
+    /// The detector that asks the reader in the guest, if one is named.
+    ///
+    /// # Errors
+    /// If it can't be reached, or a folder can't be asked for.
+    fn lies(&self) -> Result<Option<&'static dyn Detector>> {
+        let Some(socket) = &self.reader else {
+            return Ok(None);
+        };
+        let folders = if self.reader_folders.is_empty() {
+            FOLDERS.iter().map(|folder| (*folder).to_owned()).collect()
+        } else {
+            self.reader_folders.clone()
+        };
+        if let Some(folder) = folders.iter().find(|folder| !Question::can_ask(folder)) {
+            return Err(anyhow::anyhow!("the reader can't be asked for `{folder}`"))
+                .advise("name folders by absolute paths without blanks");
+        }
+        let reader = SocketReader::connect(socket)
+            .advise("QEMU makes it: -chardev socket,path=…,server=on,wait=off,id=reader")?;
+        // One for the life of this process.
+        let lies: &'static dyn Detector = Box::leak(Box::new(Lies::new(Box::new(reader), folders)));
+        Ok(Some(lies))
+    }
 }
 
 /// `secmon check`, of a target that is opened here.
@@ -124,11 +168,16 @@ pub fn check(
         list(format)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let detectors = arguments.chosen()?;
+    let mut detectors = arguments.chosen()?;
+    detectors.extend(arguments.lies()?);
     let policy = arguments.policy()?;
     crate::fault::install();
     let source = session.open()?;
     let guest = session.guest(&source)?;
+    if arguments.reader.is_some() && guest.space().memory().volatility() == Volatility::Static {
+        return Err(anyhow::anyhow!("nobody reads in an image"))
+            .advise("--reader is for a running guest");
+    }
     let compares = detectors
         .iter()
         .any(|detector| detector.name() == REFERRING);
@@ -156,7 +205,7 @@ fn list(format: Format) -> Result<()> {
         column("techniques", Kind::List, "Techniques of ATT&CK."),
         column("cost", Kind::Text, "What it reads."),
     ];
-    let row = |detector: &&'static dyn Detector| {
+    let row = |detector: &'static dyn Detector| {
         let techniques = detector.techniques().iter();
         let techniques = techniques.map(|technique| Value::word(technique.id()));
         vec![
@@ -168,7 +217,7 @@ fn list(format: Format) -> Result<()> {
             Value::word(detector.cost()),
         ]
     };
-    let detectors = secmon_detect::detectors().iter();
+    let detectors = secmon_detect::described();
     Ok(listing::show(&columns, format, detectors.map(row))?)
 }
 

@@ -22,6 +22,7 @@ mod monitor;
 mod output;
 mod policy;
 mod query;
+mod reader;
 mod reference;
 mod report;
 mod respond;

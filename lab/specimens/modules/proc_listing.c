@@ -1,14 +1,43 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
-/* Replaces the function that lists /proc by one that calls it. */
+/* Replaces the function that lists /proc by one that calls it, and leaves out
+ * one name if it is given one. */
 #include "specimen.h"
 
 SPECIMEN_ADDRESS(proc_root_operations);
 
 static int (*original)(struct file *file, struct dir_context *context);
 
+static char *hide = "";
+module_param(hide, charp, 0400);
+
+struct without {
+	struct dir_context context;
+	struct dir_context *whole;
+};
+
+static bool leave_out(struct dir_context *context, const char *name, int length,
+		      loff_t at, u64 inode, unsigned int type)
+{
+	struct without *without =
+		container_of(context, struct without, context);
+
+	if (*hide && length == strlen(hide) && !memcmp(name, hide, length))
+		return true;
+	without->whole->pos = context->pos;
+	return without->whole->actor(without->whole, name, length, at, inode,
+				     type);
+}
+
 static int instead(struct file *file, struct dir_context *context)
 {
-	return original(file, context);
+	struct without without = {
+		.context = { .actor = leave_out, .pos = context->pos },
+		.whole = context,
+	};
+	int result = original(file, &without.context);
+
+	context->pos = without.context.pos;
+	return result;
 }
 
 static void *place(void)

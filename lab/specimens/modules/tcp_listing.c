@@ -1,15 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 /* Replaces the function that shows a line of /proc/net/tcp by one that calls
- * it. */
+ * it, and leaves out one port if it is given one. */
 #include "specimen.h"
 #include <linux/seq_file.h>
+#include <net/sock.h>
 
 SPECIMEN_ADDRESS(tcp4_seq_ops);
 
 static int (*original)(struct seq_file *file, void *socket);
 
+static ushort hide;
+module_param(hide, ushort, 0400);
+
 static int instead(struct seq_file *file, void *socket)
 {
+	/* All that are shown begin alike, whatever their state. */
+	const struct sock_common *common = socket;
+
+	if (hide && socket != SEQ_START_TOKEN && common->skc_num == hide)
+		return 0;
 	return original(file, socket);
 }
 

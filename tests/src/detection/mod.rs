@@ -237,6 +237,8 @@ impl Bench<'_> {
         const MOST: usize = 40;
         if self.measured.complaints.len() < MOST {
             let start: String = text.chars().take(1500).collect();
+            // It may be long until all are told.
+            eprintln!("{}: WRONG: {start}", self.measured.kernel);
             self.measured.complaints.push(start);
         }
     }

@@ -271,6 +271,9 @@ impl Target {
         if format == Format::Markdown {
             bail!("--format markdown is for `secmon tables` only");
         }
+        if arguments.reader.is_some() {
+            bail!("--reader is for a target of this host, such as qemu:NAME");
+        }
         let asked = protocol::Check {
             target: self.name.clone(),
             detectors: match policy {

@@ -15,6 +15,7 @@ pub mod credentials;
 pub mod env;
 pub mod file;
 pub mod files;
+pub mod folder;
 pub(crate) mod hash;
 pub mod info;
 pub mod kmsg;

@@ -200,7 +200,7 @@ fn items(
     let mut namespaces = namespaces(guest)?;
     if !selection.all_namespaces {
         // That of the idle task, in which the kernel mounted the first root.
-        let initial = initial(guest)?;
+        let initial = initial_namespace(guest)?;
         namespaces.retain(|namespace| namespace.address == initial);
         if namespaces.is_empty() {
             namespaces.push(Namespace {
@@ -224,7 +224,7 @@ fn items(
 }
 
 /// The initial mount namespace.
-fn initial(guest: &Guest) -> Result<VirtualAddress, TableError> {
+pub(crate) fn initial_namespace(guest: &Guest) -> Result<VirtualAddress, TableError> {
     let read = |source| TableError::Read {
         table: TABLE,
         what: "init_task.nsproxy",

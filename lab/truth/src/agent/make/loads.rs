@@ -16,7 +16,7 @@ use crate::agent::sys;
 const BUILDING: &str = include_str!("building.sh");
 
 /// What busybox is called as by the tools.
-const APPLETS: &[&str] = &["rm", "cat", "mkdir", "sleep"];
+const APPLETS: &[&str] = &["rm", "cat", "mkdir", "sleep", "head", "sed"];
 
 const OF_A_CONTAINER: libc::c_int = libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
@@ -43,6 +43,12 @@ pub fn start(role: &str) -> Option<io::Result<()>> {
             }
             build
         }
+        "reader" => {
+            if let Err(error) = name_applets() {
+                return Some(Err(error));
+            }
+            reader
+        }
         "containers" => containers,
         "module-loop" => modules,
         "jump-labels" => jump_labels,
@@ -67,12 +73,16 @@ fn name_applets() -> io::Result<()> {
 
 fn build() {
     sys::set_name(b"building");
-    let strings = [c"sh".to_owned(), c"-c".to_owned()];
-    if let (Ok(shell), Ok(script)) = (sys::c_string("/bin/sh"), sys::c_string(BUILDING)) {
-        let [name, option] = strings;
-        let path = c"PATH=/bin".to_owned();
-        let _ = sys::execute(&shell, &[name, option, script], &[path]);
+    if let Ok(script) = sys::c_string(BUILDING) {
+        let words = [c"sh".to_owned(), c"-c".to_owned(), script];
+        let _ = sys::execute(c"/bin/sh", &words, &[c"PATH=/bin".to_owned()]);
     }
+}
+
+/// The product's own reader, as it is installed in a guest.
+fn reader() {
+    let words = [c"sh".to_owned(), c"/etc/secmon-reader".to_owned()];
+    let _ = sys::execute(c"/bin/sh", &words, &[]);
 }
 
 /// Loads and unloads a module that brings an interface with it.
