@@ -72,6 +72,11 @@ const LAB: &[Prerequisite] = &[
 /// For the whole test suite besides.
 const TESTS: &[Prerequisite] = &[
     Prerequisite {
+        file: "/usr/sbin/rsyslogd",
+        package: "rsyslog",
+        needed_for: "a syslog server that others wrote",
+    },
+    Prerequisite {
         file: "makedumpfile",
         package: "makedumpfile",
         needed_for: "compressed dumps to test with",
