@@ -67,7 +67,7 @@ pub struct CheckArguments {
 
     /// Leave out what this policy excepts or does not report, and its disabled detectors
     #[arg(long, value_name = "FILE", conflicts_with = "list")]
-    pub policy: Option<std::path::PathBuf>,
+    pub policy: Option<PathBuf>,
 
     /// Say on stderr how long each detector looked (JSON always has it)
     #[arg(long)]

@@ -93,6 +93,9 @@ pub enum RespondAction {
         /// Its `task_struct`, where it is hidden from the list of processes
         #[arg(long, value_name = "0xADDRESS", value_parser = parse_address)]
         task: Option<VirtualAddress>,
+        /// When it was started, in nanoseconds since the guest's boot, as findings tell it
+        #[arg(long, value_name = "NANOSECONDS")]
+        started: Option<u64>,
     },
 }
 
@@ -164,14 +167,16 @@ pub fn respond(session: &Session<'_>, arguments: &RespondArguments, format: Form
             let name = name.unwrap_or_else(|| secmon_respond::dump_name("dump"));
             ("dump", secmon_respond::dump_work(name))
         }
-        RespondAction::Kill { pid, task } => {
+        RespondAction::Kill { pid, task, started } => {
             crate::fault::install();
             let source = session.open()?;
             let guest = Arc::new(session.guest_alone(&source)?);
-            let victim = match task {
+            let mut victim = match task {
                 Some(task) => Victim::at(&guest, *task)?,
                 None => Victim::find(&guest, *pid)?,
             };
+            // What is there is compared with it in the stopped guest.
+            victim.started = started.unwrap_or(victim.started);
             if victim.pid != *pid {
                 return Err(anyhow!("at {} is process {}", victim.task, victim.pid))
                     .advise("`secmon ps` and `secmon check` show both");

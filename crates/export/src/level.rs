@@ -39,6 +39,7 @@ impl Level {
             Incident::ActionDone { .. }
             | Incident::Gone { .. }
             | Incident::Target { .. }
+            | Incident::Monitor { .. }
             | Incident::Started { .. }
             | Incident::Stopped { .. } => Self::Notice,
             Incident::Sighted { .. } | Incident::Coverage { .. } | Incident::Excepted { .. } => {

@@ -14,6 +14,7 @@ Examples:
   secmon -t qemu:web1 watch --policy web1.toml --store web1.db
   secmon -t monitor:web1 watch --store web1.db --ndjson -      what the monitoring VM finds
   secmon -t qemu:web1 watch --policy web1.toml --gate gate.sock --gate-key 6f1c… --key operator.key
+  secmon -t qemu:web1 watch --syslog udp://log:514 --otlp http://collector:4318
   secmon watch --check-policy web1.toml                        is the file right?
   secmon findings --store web1.db                              what is stored
 
@@ -56,6 +57,22 @@ pub struct WatchArguments {
     #[arg(long, value_name = "FILE")]
     pub ndjson: Option<PathBuf>,
 
+    /// Send each event to this syslog server: udp://HOST:PORT, tcp://HOST:PORT, unix:/dev/log
+    #[arg(long, value_name = "ADDRESS")]
+    pub syslog: Vec<secmon_export::syslog::Address>,
+
+    /// Send each event to this OpenTelemetry collector, as logs: http://HOST:4318 or https://…
+    #[arg(long, value_name = "URL")]
+    pub otlp: Option<String>,
+
+    /// A header that the collector wants
+    #[arg(long, value_name = "NAME=VALUE", requires = "otlp", value_parser = parse_header)]
+    pub otlp_header: Vec<(String, String)>,
+
+    /// Certificates (PEM) of the authorities that vouch for the collector
+    #[arg(long, value_name = "FILE", requires = "otlp")]
+    pub otlp_ca: Option<PathBuf>,
+
     #[command(flatten)]
     pub gate: GateOptions,
 
@@ -66,6 +83,11 @@ pub struct WatchArguments {
     /// The process that looks: takes its policy from stdin, writes events
     #[arg(long, hide = true)]
     pub engine: bool,
+}
+
+fn parse_header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
+    Ok((name.to_owned(), value.to_owned()))
 }
 
 /// What the help of `findings` says at its end.

@@ -64,8 +64,10 @@ impl Responder for OwnProgram {
                     )));
                 };
                 let task = format!("{:#x}", process.task.as_u64());
-                let pid = process.pid.to_string();
-                vec!["kill".to_owned(), pid, "--task".to_owned(), task]
+                let (pid, started) = (process.pid.to_string(), process.started.to_string());
+                ["kill", &pid, "--task", &task, "--started", &started]
+                    .map(str::to_owned)
+                    .to_vec()
             }
         };
         if words.is_empty() {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use secmon_detect::Class;
+use secmon_export::{Bounds, otlp, syslog};
 use secmon_guest::Value;
 use secmon_watch::{Event, Incident, Sink, SinkError, TargetChange};
 
@@ -50,6 +51,22 @@ pub fn open(format: Format, arguments: &WatchArguments) -> Result<Vec<Box<dyn Si
             name: path.display().to_string(),
             out: Box::new(file),
         }));
+    }
+    for address in &arguments.syslog {
+        let facility = syslog::Facility::SECURITY;
+        sinks.push(Box::new(syslog::start(
+            address.clone(),
+            facility,
+            Bounds::default(),
+        )?));
+    }
+    if let Some(endpoint) = &arguments.otlp {
+        let collector = otlp::Collector {
+            endpoint: endpoint.clone(),
+            headers: arguments.otlp_header.clone(),
+            authorities: arguments.otlp_ca.clone(),
+        };
+        sinks.push(Box::new(otlp::start(&collector, Bounds::default())?));
     }
     Ok(sinks)
 }
