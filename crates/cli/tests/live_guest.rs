@@ -176,6 +176,7 @@ fn a_dump_is_the_guest_as_it_was() {
     }
     the_kernel_is_written_for_other_tools(&watched, folder.path());
     what_hides_is_found(&watched, folder.path());
+    the_kernel_is_compared_with_its_file(&watched, folder.path());
 }
 
 /// A process of an image that is edited as a rootkit edits its kernel.
@@ -431,4 +432,57 @@ fn hostile_names_stay_names() {
     for process in truth.iter().filter(|process| !process.kernel_thread) {
         assert!(pids.contains(&process.pid.into()), "{process:?}");
     }
+}
+
+/// The kernel is compared with its own file, found among others by its build
+/// id; a changed byte is shown as instructions, another kernel's file refused.
+fn the_kernel_is_compared_with_its_file(watched: &Watched, folder: &Path) {
+    let image = folder.join("compared");
+    let path = image.to_str().expect("UTF-8");
+    watched.rows(&["--pause", "dump", path]);
+    let kernels = folder.join("kernels");
+    std::fs::create_dir(&kernels).expect("a folder");
+    for (suite, name) in [(Suite::Trixie, "vmlinuz-0"), (Suite::Bookworm, "vmlinuz-1")] {
+        let kernel = secmon_lab::Kernel::fetch(suite).expect("a kernel");
+        std::fs::copy(kernel.image(), kernels.join(name)).expect("it is copied");
+    }
+    let target = format!("file:{path}");
+    let check = |kernel: &Path, format: &str| {
+        let kernel = kernel.to_str().expect("UTF-8");
+        watched.run(&[
+            "-t",
+            &target,
+            "check",
+            "--detector",
+            "kernel_image",
+            "--kernel",
+            kernel,
+            "--format",
+            format,
+        ])
+    };
+    let clean = check(&kernels, "table");
+    let said = String::from_utf8_lossy(&clean.stderr);
+    assert_eq!(clean.status.code(), Some(0), "{said}");
+    assert!(said.contains("nothing found"), "{said}");
+    let other = check(&kernels.join("vmlinuz-0"), "table");
+    let said = String::from_utf8_lossy(&other.stderr);
+    assert_eq!(other.status.code(), Some(2), "{said}");
+    assert!(said.contains("build id"), "{said}");
+
+    let victim = Victim::find(&image, 1);
+    let symbols = victim.kernel.profile.symbols();
+    let place = symbols.address("cap_capable").expect("a function");
+    let place = place.wrapping_add(12);
+    victim.write(place, victim.read(place).as_u64() ^ 4);
+    let found = check(&kernels, "json");
+    assert_eq!(found.status.code(), Some(1));
+    let found: Value = serde_json::from_slice(&found.stdout).expect("JSON");
+    let findings = found["findings"].as_array().expect("findings");
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    assert_eq!(findings[0]["name"], "changed_code");
+    assert_eq!(findings[0]["subject"]["symbol"], "cap_capable+0xc");
+    let shown = |evidence: usize| findings[0]["evidence"][evidence]["row"]["instructions"].as_str();
+    let (before, after) = (shown(0).expect("text"), shown(1).expect("text"));
+    assert!(!before.is_empty() && before != after, "{before} / {after}");
 }

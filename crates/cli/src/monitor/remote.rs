@@ -274,6 +274,12 @@ impl Target {
         if arguments.reader.is_some() {
             bail!("--reader is for a target of this host, such as qemu:NAME");
         }
+        if arguments.kernel.is_some() {
+            bail!(
+                "--kernel: a monitoring VM can't compare kernels with their files yet; check the \
+                 target itself, with -t qemu:NAME"
+            );
+        }
         let asked = protocol::Check {
             target: self.name.clone(),
             detectors: match policy {
