@@ -8,6 +8,7 @@ use secmon_lab::{Backing, Guest, Suite, Workload};
 use secmon_memory::{AddressSpace, PhysicalMemory, VirtualAddress};
 use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
 use secmon_profile::{Cache, FindOptions, Kernel};
+use secmon_reference::KernelFile;
 
 /// Tasks in the image, at least.
 pub const TASKS: usize = 1000;
@@ -54,6 +55,17 @@ pub fn with_300_processes() -> Result<PathBuf> {
         ..Workload::rich()
     };
     kept("linux-6.12-300-processes.raw", workload)
+}
+
+/// The file of the kernel in the image for detectors, unpacked.
+///
+/// # Errors
+/// If it can't be fetched or read. An image that was kept while the archive
+/// went on to a newer kernel has to be removed, to be made anew.
+pub fn kernel_file() -> Result<Arc<KernelFile>> {
+    let path = secmon_lab::Kernel::fetch(Suite::Trixie)?.image();
+    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    Ok(Arc::new(KernelFile::parse(&bytes)?))
 }
 
 /// The image of this name in the build folder, made of a guest with that
