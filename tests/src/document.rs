@@ -175,7 +175,8 @@ fn everywhere(text: &mut String, measured: &[Measured]) {
         "\n## The same from everywhere\n\nEach specimen is looked for in the running machine and in \
          the bare image of its memory. Then as many as can stand beside each other are there \
          together, and all findings with all their evidence are compared: of the machine, of an \
-         ELF dump of it, and of a monitoring VM beside it.\n\n\
+         ELF dump of it, and of a monitoring VM beside it; but for changes that only a comparison \
+         with the kernel's file shows, which a monitoring VM has not.\n\n\
          | kernel | specimens found alike in machine and image | specimens at once | findings | \
          all the same in |\n|---|---|---|---|---|\n",
     );

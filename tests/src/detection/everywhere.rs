@@ -22,6 +22,13 @@ const PATIENCE: Duration = Duration::from_secs(240);
 /// each other, or registers, which are not told everywhere.
 const ALONE: &[&str] = &["kernel_text", "tracing", "system_calls", "registers"];
 
+/// Whether a specimen can be found wherever the guest's memory is read: not if
+/// the kernel's file is needed for it, which a monitoring VM has not.
+#[must_use]
+pub fn can_be_found(specimen: &Specimen) -> bool {
+    specimen.expected.detector != "kernel_image"
+}
+
 /// What was found of many specimens at once.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Everywhere {

@@ -387,12 +387,17 @@ impl Bench<'_> {
                 self.try_edit(places, &ram, specimen, *edit, pid)
                     .with_context(|| format!("{suite}, the edit {}", specimen.name))?;
             }
-            let together = edits.iter().filter(|(_, edit)| stands_with_others(*edit));
+            let together = edits.iter().filter(|(specimen, edit)| {
+                stands_with_others(*edit) && everywhere::can_be_found(specimen)
+            });
             let mut edited = Vec::new();
             let mut names = Vec::new();
             for (specimen, edit) in together {
                 edited.push(Edited::make(places.image, &ram, *edit, pid)?);
                 names.push(specimen.name.to_owned());
+            }
+            if names.is_empty() {
+                return Ok(());
             }
             let everywhere = everywhere::look(lab, qmp, places.live, names, places.monitor)?;
             // What was written last is taken back first.
