@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::run::{cargo, run, step};
-use crate::{docs, fuzz, prerequisites};
+use crate::{docs, fuzz, prerequisites, tests};
 
 /// Seconds for each fuzz target inside the tests.
 const FUZZ_SECONDS: u32 = 5;
@@ -41,9 +41,7 @@ pub fn run_all() -> Result<()> {
             ])
             .env("RUSTDOCFLAGS", "-D warnings"))
     })?;
-    step("tests", || {
-        run(cargo().args(["test", "--workspace", "--no-fail-fast"]))
-    })?;
+    step("tests", tests::run_all)?;
     step("generated documents", || docs::run(true))?;
     step("fuzz targets", || fuzz::run_targets(FUZZ_SECONDS, None))?;
     step("benchmark limits", || bench_with(&["--check"], &QUICK))

@@ -12,6 +12,7 @@ mod fuzz;
 mod peers;
 mod prerequisites;
 mod run;
+mod tests;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
