@@ -197,8 +197,15 @@ fn a_user_without_root_has_a_monitor() {
     };
     for target in ["user-1", "user-2"] {
         let target = format!("monitor:m/{target}");
-        let said = succeeded(&account.secmon(&["-t", &target, "ps"]));
-        assert!(said.contains("/init"), "{said}");
+        // A kernel that runs may not have come to its first program yet.
+        loop {
+            let said = succeeded(&account.secmon(&["-t", &target, "ps"]));
+            if said.contains("/init") {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{said}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
     }
     let processes = fs::read(account.path("run/secmon/m/processes.json")).expect("a file");
     let processes: Value = serde_json::from_slice(&processes).expect("JSON");
