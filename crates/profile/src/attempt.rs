@@ -7,7 +7,7 @@ use std::sync::Arc;
 use secmon_memory::{AddressSpace, PagingMode, PhysicalAddress, PhysicalMemory, VirtualAddress};
 
 use crate::cache::{Folder, Stored};
-use crate::crosscheck::{differences, is_without_number_or_date};
+use crate::crosscheck::{differences, is_of_another_kernel};
 use crate::image::{Image, MAXIMUM_MATCHES};
 use crate::kernel::note;
 use crate::locate::{self, BANNER_START, DIGITS, Location, LocationError};
@@ -401,14 +401,7 @@ impl<'a> Attempt<'a> {
         let banner = text(own);
         for offset in seen {
             let other = text(*offset);
-            // The log buffer holds the same text, without an end; from 6.1 on
-            // a copy from before the build had a number is among the constants.
-            let says_a_version =
-                other[BANNER_START.len()..].starts_with(|c: char| c.is_ascii_digit());
-            if !says_a_version
-                || other.starts_with(&banner)
-                || is_without_number_or_date(&other, &banner)
-            {
+            if !is_of_another_kernel(&other, &banner) {
                 continue;
             }
             let chosen = format!("{banner:?} at {}", self.image.address(own));

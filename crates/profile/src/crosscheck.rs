@@ -2,13 +2,27 @@
 
 use secmon_memory::PagingMode;
 
+use crate::locate::BANNER_START;
 use crate::tables::START_KERNEL_MAP;
 use crate::{KernelImage, Profile, VmcoreInfo};
+
+/// Whether `other`, found where a banner stood, is that of another kernel than
+/// `banner`. It is read a second time, so that by now it can be anything.
+pub(crate) fn is_of_another_kernel(other: &str, banner: &str) -> bool {
+    let says_a_version = other
+        .as_bytes()
+        .strip_prefix(BANNER_START)
+        .and_then(<[u8]>::first)
+        .is_some_and(u8::is_ascii_digit);
+    // The log buffer holds the same text, without an end; from 6.1 on a copy
+    // from before the build had a number is among the constants.
+    says_a_version && !other.starts_with(banner) && !is_without_number_or_date(other, banner)
+}
 
 /// Whether `other` is the copy of `banner` that is made before a build has got
 /// a number and a date (`init/version.c` from 6.1 on): of "… #1 SMP DATE (more)"
 /// either may be missing, or both, and nothing else.
-pub(crate) fn is_without_number_or_date(other: &str, banner: &str) -> bool {
+fn is_without_number_or_date(other: &str, banner: &str) -> bool {
     let (Some((start, whole)), Some((other_start, left))) =
         (banner.rsplit_once(" #"), other.rsplit_once(" #"))
     else {
@@ -158,6 +172,24 @@ mod tests {
         check(plain, "# SMP ", true);
         check(plain, "# SMP", true);
         check(plain, "#7 SMP 12:51:16 UTC 2025", true);
+    }
+
+    #[test]
+    fn what_stands_where_a_banner_stood_can_be_anything() {
+        let banner = format!("{START}#7 SMP Wed Jul 16 12:51:16 UTC 2025");
+        for other in ["", "Linux", "Linux version ", "Linux version x", "\u{fffd}"] {
+            assert!(!is_of_another_kernel(other, &banner), "{other:?}");
+        }
+        // The length of "Linux version " ends inside a character of this.
+        assert!(!is_of_another_kernel(&"\u{fffd}".repeat(40), &banner));
+        assert!(is_of_another_kernel(
+            "Linux version 6.9.0 (who) #1",
+            &banner
+        ));
+        assert!(!is_of_another_kernel(
+            &format!("{banner} and more"),
+            &banner
+        ));
     }
 
     #[test]
