@@ -6,7 +6,7 @@ use crate::run::{cargo, run, step};
 use crate::{docs, fuzz, prerequisites, tests};
 
 /// Seconds for each fuzz target inside the tests.
-const FUZZ_SECONDS: u32 = 4;
+const FUZZ_SECONDS: u32 = 2;
 
 /// Seconds that Criterion takes for a benchmark inside the tests, where a limit
 /// is held to and no figure is published.
