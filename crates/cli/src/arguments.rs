@@ -276,6 +276,14 @@ pub enum BuiltIn {
     #[command(after_long_help = crate::watch::arguments::EXAMPLES)]
     Watch(Box<WatchArguments>),
 
+    /// Guard a monitoring VM: that its memory is what its image makes of it, and that it answers
+    ///
+    /// Each second what can run in it is compared with its image, byte by byte,
+    /// and it must answer a challenge.
+    #[cfg(feature = "watch")]
+    #[command(after_long_help = crate::guard::EXAMPLES)]
+    Guard(crate::guard::GuardArguments),
+
     /// What `watch --store` has stored
     #[cfg(feature = "watch")]
     #[command(after_long_help = crate::watch::arguments::FINDINGS_EXAMPLES)]

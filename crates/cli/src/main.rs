@@ -14,6 +14,8 @@ mod fault;
 mod filter;
 mod findings;
 mod gate;
+#[cfg(feature = "watch")]
+mod guard;
 mod inspect;
 mod isf;
 mod listing;
@@ -94,6 +96,7 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
     if let Action::BuiltIn(command) = &action {
         match &**command {
             BuiltIn::Watch(arguments) => return watch::watch(common, arguments, reporter),
+            BuiltIn::Guard(arguments) => return guard::guard(common, arguments, reporter),
             BuiltIn::Findings(arguments) => {
                 watch::stored::findings(arguments, common.format)?;
                 return Ok(ExitCode::SUCCESS);
@@ -129,7 +132,7 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
         }
         // Done before a target was opened.
         #[cfg(feature = "watch")]
-        BuiltIn::Watch(_) | BuiltIn::Findings(_) => Ok(()),
+        BuiltIn::Watch(_) | BuiltIn::Findings(_) | BuiltIn::Guard(_) => Ok(()),
         BuiltIn::Targets => targets::targets(format, reporter),
         BuiltIn::Tables { table } => documents::tables(table.as_deref(), format),
         BuiltIn::Completions { shell } => documents::completions(shell),

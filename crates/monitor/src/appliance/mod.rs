@@ -118,6 +118,12 @@ impl Image {
         self.folder.join(&self.manifest.initramfs.file)
     }
 
+    /// Both files.
+    #[must_use]
+    pub fn into_files(self) -> (PathBuf, PathBuf) {
+        (self.kernel(), self.initramfs())
+    }
+
     /// The bytes of kernel and initial file system.
     #[must_use]
     pub fn bytes(&self) -> u64 {

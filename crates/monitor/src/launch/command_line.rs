@@ -153,7 +153,18 @@ impl Machine {
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         );
-        line.option("-machine", "q35,usb=off,vmport=off,dump-guest-core=off");
+        line.option(
+            "-machine",
+            "q35,usb=off,vmport=off,dump-guest-core=off,memory-backend=ram",
+        );
+        // A file without a name, which a guard of the host maps for reading.
+        line.option(
+            "-object",
+            &format!(
+                "memory-backend-memfd,id=ram,size={}M,share=on",
+                self.memory_mib
+            ),
+        );
         let (accelerator, processor) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host"),
             // QEMU 7.2 loses the flags of CMPXCHG16B when an interrupt comes at
@@ -314,10 +325,11 @@ mod tests {
         assert_eq!(value(&line, "-nic", ""), Some("none"));
         assert_eq!(value(&line, "-netdev", ""), None);
         assert!(value(&line, "-sandbox", "spawn=deny").is_some());
-        assert!(
-            value(&line, "-object", "").is_none(),
-            "no memory but its own"
-        );
+        let memory = line
+            .iter()
+            .filter(|word| word.starts_with("memory-backend"));
+        assert_eq!(memory.count(), 1, "no memory but its own");
+        assert!(value(&line, "-object", "id=ram,size=128M,share=on").is_some());
         assert!(
             !line.iter().any(|word| word.contains("path=/proc")),
             "no path but the gate's"

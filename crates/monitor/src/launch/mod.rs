@@ -17,6 +17,7 @@ pub mod emulator;
 mod files;
 pub mod gate_starter;
 pub mod gates;
+pub mod guarded;
 pub mod hotplug;
 pub mod libvirt;
 mod name;
