@@ -116,6 +116,8 @@ fn lines(target: &Path, check: bool) -> Result<Vec<Line>> {
         unit,
         limit,
     };
+    // Built with the same profile as this program.
+    let secmon = std::env::current_exe()?.with_file_name("secmon");
     let read = |name: &str| per_element(target, &format!("reads/{name}"));
     let memcpy = read("sequential_4KiB_memcpy")?;
     let sequential = read("sequential_4KiB")?;
@@ -175,7 +177,7 @@ fn lines(target: &Path, check: bool) -> Result<Vec<Line>> {
             None,
         ),
     ];
-    lines.extend(whole_runs(&target.join("release/secmon"))?);
+    lines.extend(whole_runs(&secmon)?);
     lines.push(line(
         "all detectors once, 300 processes",
         per_element(target, "detectors/all")? / 1e6,
@@ -199,7 +201,7 @@ fn lines(target: &Path, check: bool) -> Result<Vec<Line>> {
     for (busy, load) in loads {
         lines.push(Line {
             what: format!("`secmon watch` for {seconds} s, 300 processes {load}, of one core"),
-            value: watch::share(&target.join("release/secmon"), *busy, seconds)?,
+            value: watch::share(&secmon, *busy, seconds)?,
             unit: "%",
             limit: Some(5.0),
         });
