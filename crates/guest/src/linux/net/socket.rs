@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use secmon_memory::{VirtualAddress, Volatility};
 
 use super::device::devices;
-use super::namespace::{NetworkNamespace, namespaces};
+use super::namespace::{Known, NetworkNamespace, Standing, namespaces};
 use super::sock::{
     AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, AF_VSOCK, Form, Sock, SockError, SockModel,
     SocketLayout, inode_of,
@@ -24,7 +24,6 @@ pub struct Context {
     table: &'static str,
     owners: Owners,
     namespaces: Vec<NetworkNamespace>,
-    inodes: HashMap<VirtualAddress, u64>,
     vsock: Option<Vsock>,
     interfaces: OnceLock<HashMap<(VirtualAddress, u64), Text>>,
 }
@@ -42,15 +41,10 @@ impl Context {
                 });
                 Owners::default()
             });
-        let inodes = namespaces
-            .iter()
-            .map(|namespace| (namespace.address, namespace.inode))
-            .collect();
         Ok(Self {
             table,
             owners,
             namespaces,
-            inodes,
             vsock: Vsock::find(guest, table),
             interfaces: OnceLock::new(),
         })
@@ -88,6 +82,8 @@ pub struct Socket {
     pub source: Option<Source>,
     /// The number of its inode: 0 if no user holds it (any more).
     pub inode: Result<u64, String>,
+    /// The inode number of its network namespace, if that is in the list.
+    pub namespace_inode: Option<u64>,
     context: Arc<Context>,
 }
 
@@ -103,14 +99,6 @@ impl Socket {
             Some(socket) => self.context.owners.of(socket),
             None => &[],
         }
-    }
-
-    /// The inode number of its network namespace, if that is a known one.
-    pub fn namespace_inode(&self) -> Option<u64> {
-        if self.sock.namespace.is_null() {
-            return self.context.namespaces.first().map(|net| net.inode);
-        }
-        self.context.inodes.get(&self.sock.namespace).copied()
     }
 
     /// Whether there is an open file behind it.
@@ -171,6 +159,7 @@ pub fn sockets(
         guest,
         table,
         context: context.clone(),
+        known: Known::new(&context.namespaces),
         seen: HashSet::new(),
         sink,
         flow: ControlFlow::Continue(()),
@@ -224,6 +213,7 @@ struct Lister<'l> {
     guest: &'l Guest,
     table: &'static str,
     context: Arc<Context>,
+    known: Known,
     seen: HashSet<VirtualAddress>,
     sink: &'l mut dyn FnMut(Socket) -> ControlFlow<()>,
     flow: ControlFlow<()>,
@@ -287,6 +277,11 @@ impl Lister<'_> {
             }
             _ => Ok(0),
         };
+        let standing = self.known.standing(self.guest, self.table, sock.namespace);
+        if standing == Standing::Ending {
+            // So are its sockets, which only the kernel still has.
+            return;
+        }
         let socket = Socket {
             sock,
             source: match place {
@@ -294,19 +289,38 @@ impl Lister<'_> {
                 Found::Behind(_) => None,
             },
             inode,
+            namespace_inode: match standing {
+                Standing::Listed(inode) => Some(inode),
+                Standing::Ending | Standing::Unlisted => None,
+            },
             context: self.context.clone(),
         };
-        if socket.namespace_inode().is_none() {
+        if standing == Standing::Unlisted && !self.is_passing(&socket) {
             self.guest.diagnostics().record(Diagnostic {
                 table: self.table,
                 subject: "sock.skc_net".to_owned(),
                 address: Some(address),
                 reason: format!(
-                    "its network namespace {} is in no list: being made, or gone",
+                    "its network namespace {} is in no list and has users",
                     socket.sock.namespace
                 ),
             });
         }
         self.flow = (self.sink)(socket);
+    }
+
+    /// Whether a socket in a namespace of no list is one of a moment of a
+    /// running guest: it is gone by now, or the kernel's own in a namespace
+    /// that is being made.
+    fn is_passing(&self, socket: &Socket) -> bool {
+        if self.guest.space().memory().volatility() != Volatility::Live {
+            return false;
+        }
+        let passing =
+            !socket.sock.is_unchanged(self.guest) || socket.has_file(self.guest) == Ok(false);
+        if passing {
+            self.guest.diagnostics().count_torn_read();
+        }
+        passing
     }
 }

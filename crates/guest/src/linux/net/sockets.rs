@@ -154,7 +154,7 @@ pub static SOCKETS: TableOf<Socket> = TableOf {
             Kind::Unsigned,
             Shown::OnRequest,
             "Its network namespace, as the inode number in /proc/PID/ns/net.",
-            |_, socket| match socket.namespace_inode() {
+            |_, socket| match socket.namespace_inode {
                 Some(inode) => inode.into(),
                 None => Value::unreadable("its network namespace is in no list"),
             },
