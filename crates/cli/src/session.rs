@@ -247,11 +247,7 @@ impl<'a> Session<'a> {
             },
             isf: self.common.isf.clone(),
             root_hints: source.target.hints.page_table_roots.clone(),
-            search: if self.common.thorough {
-                Search::Thorough
-            } else {
-                Search::Quick
-            },
+            search: self.search(),
         };
         let mut kernel = secmon_profile::find(source.memory(), &options)?;
         kernel.space = remembering(kernel.space.clone(), &kernel);
@@ -272,6 +268,15 @@ impl<'a> Session<'a> {
             self.reporter.warn(conflict);
         }
         Ok(Guest::new(kernel).with_registers(source.target.hints.registers.clone()))
+    }
+
+    /// How far to look for what contradicts a kernel that was found.
+    pub fn search(&self) -> Search {
+        if self.common.thorough {
+            Search::Thorough
+        } else {
+            Search::Quick
+        }
     }
 
     /// Finds the kernel, then gives up the right to open files.

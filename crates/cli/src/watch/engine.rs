@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use secmon_guest::{Guest, TrustLevel};
 use secmon_memory::Volatility;
 use secmon_monitor::inside::{FollowedGuest, Follower};
+use secmon_profile::{Cache, FindOptions};
 use secmon_sandbox::{Needs, Stage};
 use secmon_watch::policy::MAX_BYTES;
 use secmon_watch::{Event, Incident, Policy, Stop, TargetChange, Watched, watch};
@@ -77,8 +78,12 @@ pub fn run(common: &Common, _: &WatchArguments, reporter: Reporter) -> Result<Ex
         ))
         .advise("`secmon check` looks at it once");
     }
-    // Nothing is opened from here on, and then memory is looked at.
-    session.confine(Stage::Reading, &Needs::default());
+    // Nothing is opened from here on, and then memory is looked at. An ISF file
+    // is read again for each kernel that comes: then it, and nothing else, can
+    // still be opened.
+    if common.isf.is_none() {
+        session.confine(Stage::Reading, &Needs::default());
+    }
 
     let target = common.target.clone().unwrap_or_default();
     let out = Mutex::new(io::stdout());
@@ -110,7 +115,13 @@ pub fn run(common: &Common, _: &WatchArguments, reporter: Reporter) -> Result<Ex
         let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
         ENDED.store(true, Ordering::Relaxed);
     });
-    let follower = Follower::new(source.memory().clone());
+    let options = FindOptions {
+        cache: Cache::Off,
+        isf: common.isf.clone(),
+        root_hints: Vec::new(),
+        search: session.search(),
+    };
+    let follower = Follower::new(source.memory().clone(), options);
     let view = View(follower.guest());
     let (reason, tally) = thread::scope(|scope| {
         let looking = scope.spawn(|| {
@@ -141,7 +152,15 @@ fn follow(
     tell: &(dyn Fn(Incident) + Sync),
 ) -> &'static str {
     loop {
-        for (change, detail) in follower.look() {
+        for (change, mut detail) in follower.look() {
+            if matches!(change, TargetChange::Started | TargetChange::Rebooted)
+                && let Ok((kernel, _)) = follower.guest().kernel()
+            {
+                for conflict in &kernel.conflicts {
+                    detail.push_str("; ");
+                    detail.push_str(&conflict.to_string());
+                }
+            }
             tell(Incident::Target { change, detail });
         }
         if ENDED.load(Ordering::Relaxed) {

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use secmon_memory::PhysicalMemory;
-use secmon_profile::Kernel;
+use secmon_profile::{FindOptions, Kernel};
 use secmon_watch::TargetChange;
 
 use super::watcher::{Target, Watcher};
@@ -20,10 +20,11 @@ pub struct Follower {
 pub struct FollowedGuest<'a>(pub(super) &'a Target);
 
 impl Follower {
-    /// Follows what runs in this memory. Nothing is read yet.
-    pub fn new(memory: Arc<dyn PhysicalMemory>) -> Self {
+    /// Follows what runs in this memory, and looks for kernels in this way.
+    /// Nothing is read yet.
+    pub fn new(memory: Arc<dyn PhysicalMemory>, options: FindOptions) -> Self {
         let target = Arc::new(Target::new(String::new(), None, Ok(memory), None));
-        let watcher = Watcher::new(Arc::clone(&target), None);
+        let watcher = Watcher::new(Arc::clone(&target), None).with_options(options);
         Self {
             target,
             watcher: Mutex::new(watcher),

@@ -165,6 +165,8 @@ pub(super) struct Watcher {
     /// How long to wait before the next search.
     pause: Duration,
     searched: Option<Instant>,
+    /// How a kernel is looked for.
+    options: FindOptions,
 }
 
 /// The kernel that is followed.
@@ -193,7 +195,17 @@ impl Watcher {
             left: None,
             pause: Duration::ZERO,
             searched: None,
+            options: FindOptions {
+                cache: Cache::Off,
+                ..FindOptions::default()
+            },
         }
+    }
+
+    /// Has kernels looked for in this way.
+    pub(super) fn with_options(mut self, options: FindOptions) -> Self {
+        self.options = options;
+        self
     }
 
     /// Which boot is followed now.
@@ -248,7 +260,7 @@ impl Watcher {
         let mut told = Vec::new();
         if still >= SUSPECT && now.saturating_duration_since(known.searched) >= SUSPECT {
             known.searched = now;
-            if let Ok(kernel) = find(memory, &self.target.pulse)
+            if let Ok(kernel) = find(memory, &self.options, &self.target.pulse)
                 && instance(&kernel).is_some_and(|other| other != known.instance)
                 && !is_starting(&kernel)
             {
@@ -276,7 +288,7 @@ impl Watcher {
     /// The kernel that was there is not any more.
     fn replace(&mut self, memory: &Arc<dyn PhysicalMemory>, old: &Known) -> Vec<Told> {
         self.left = Some(old.instance);
-        let (state, text) = match find(memory, &self.target.pulse) {
+        let (state, text) = match find(memory, &self.options, &self.target.pulse) {
             Ok(kernel) if instance(&kernel) == Some(old.instance) => {
                 // The first look met a moment of change.
                 self.left = None;
@@ -318,7 +330,7 @@ impl Watcher {
             (self.left, self.before) = (None, None);
             return Vec::new();
         }
-        let found = find(memory, &self.target.pulse);
+        let found = find(memory, &self.options, &self.target.pulse);
         self.searched = Some(Instant::now());
         let reason = match found {
             Ok(kernel) if is_starting(&kernel) => {
@@ -448,7 +460,11 @@ fn running(known: &Known) -> TargetState {
 /// Looks for the kernel, one target after the other: the memory that it takes
 /// for a moment is several times what is kept. Targets with the same kernel keep
 /// its names and types once.
-fn find(memory: &Arc<dyn PhysicalMemory>, pulse: &Pulse) -> Result<Kernel, FindError> {
+fn find(
+    memory: &Arc<dyn PhysicalMemory>,
+    options: &FindOptions,
+    pulse: &Pulse,
+) -> Result<Kernel, FindError> {
     static PROFILES: Mutex<Vec<Weak<Profile>>> = Mutex::new(Vec::new());
     let mut profiles = loop {
         match PROFILES.try_lock() {
@@ -461,7 +477,7 @@ fn find(memory: &Arc<dyn PhysicalMemory>, pulse: &Pulse) -> Result<Kernel, FindE
             }
         }
     };
-    let mut kernel = search(memory)?;
+    let mut kernel = secmon_profile::find(memory, options)?;
     profiles.retain(|profile| profile.strong_count() > 0);
     if let Some(profile) = Arc::get_mut(&mut kernel.profile) {
         for known in profiles.iter().filter_map(Weak::upgrade) {
@@ -470,14 +486,6 @@ fn find(memory: &Arc<dyn PhysicalMemory>, pulse: &Pulse) -> Result<Kernel, FindE
     }
     profiles.push(Arc::downgrade(&kernel.profile));
     Ok(kernel)
-}
-
-fn search(memory: &Arc<dyn PhysicalMemory>) -> Result<Kernel, FindError> {
-    let options = FindOptions {
-        cache: Cache::Off,
-        ..FindOptions::default()
-    };
-    secmon_profile::find(memory, &options)
 }
 
 fn without_kernel(memory: &dyn PhysicalMemory, error: &FindError) -> TargetState {
