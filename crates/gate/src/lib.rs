@@ -26,6 +26,7 @@ pub mod grants;
 mod hex;
 pub mod keeper;
 pub mod log;
+pub mod network;
 pub mod protocol;
 mod rate;
 pub mod sandbox;
