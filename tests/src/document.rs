@@ -1,13 +1,15 @@
 //! `docs/detection.md`: what each detector says of itself, and what was
 //! measured with the specimens.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use secmon_detect::{Technique, described, detectors};
 use secmon_lab::Suite;
-use secmon_lab::specimens::{ALL, How, Specimen, Verdict};
+use secmon_lab::specimens::{ALL, BLINKING, How, Specimen, Verdict};
 
 use crate::detection::everywhere::Everywhere;
+use crate::detection::plan::SEVERAL;
 use crate::detection::{Measured, Tried};
 
 /// The document.
@@ -37,6 +39,7 @@ pub fn text(measured: &[Measured]) -> String {
     costs(&mut text, measured);
     clean(&mut text, measured);
     specimens(&mut text, measured);
+    blinking(&mut text, measured);
     everywhere(&mut text, measured);
     text
 }
@@ -103,20 +106,59 @@ fn clean(text: &mut String, measured: &[Measured]) {
     text.push_str(
         "\n## Clean guests\n\nAlarms in so many checks of a guest that has nothing to hide, all \
          detectors each time. A check is not complete if something changed so fast that a \
-         detector could not read it to its end, which it says.\n\n",
+         detector could not read it to its end, which it says. What was seen in one look and not \
+         confirmed by others is no finding; how often that was is told below.\n",
     );
-    heading(text, "load");
+    clean_of(text, measured, 1, "Guests with one processor");
+    clean_of(text, measured, SEVERAL, "Guests with four processors");
+    let all = || measured.iter().flat_map(|one| &one.clean);
+    let mut counts: [BTreeMap<&str, u64>; 2] = Default::default();
+    for clean in all() {
+        for (sum, own) in counts.iter_mut().zip([&clean.reasons, &clean.unconfirmed]) {
+            for (name, times) in own {
+                *sum.entry(name).or_default() += times;
+            }
+        }
+    }
+    let checks: u64 = all().map(|clean| u64::from(clean.checks)).sum();
+    let alarms: u64 = all().map(|clean| clean.alarms).sum();
+    let _ = writeln!(text, "\nTogether {alarms} alarms in {checks} checks.");
+    let heads = [
+        "Why checks were not complete, and how often:",
+        "What was seen in single looks and not reported, and in how many checks:",
+    ];
+    for (head, counts) in heads.into_iter().zip(&counts) {
+        if counts.is_empty() {
+            continue;
+        }
+        let _ = writeln!(text, "\n{head}\n");
+        for (name, times) in counts {
+            let _ = writeln!(text, "- {name}: {times}");
+        }
+    }
+}
+
+fn clean_of(text: &mut String, measured: &[Measured], vcpus: u32, title: &str) {
+    let of_these = |measured: &Measured, load: &str| {
+        let mut clean = measured.clean.iter();
+        let found = clean.find(|clean| clean.vcpus == vcpus && clean.load == load);
+        found.cloned()
+    };
     let mut loads: Vec<&str> = Vec::new();
     for clean in measured.iter().flat_map(|measured| &measured.clean) {
-        if !loads.contains(&clean.load.as_str()) {
+        if clean.vcpus == vcpus && !loads.contains(&clean.load.as_str()) {
             loads.push(&clean.load);
         }
     }
+    if loads.is_empty() {
+        return;
+    }
+    let _ = write!(text, "\n### {title}\n\n");
+    heading(text, "load");
     for load in loads {
         let _ = write!(text, "| {load} |");
         for suite in Suite::ALL {
-            let clean = of(measured, suite)
-                .and_then(|measured| measured.clean.iter().find(|clean| clean.load == load));
+            let clean = of(measured, suite).and_then(|measured| of_these(measured, load));
             let _ = match clean {
                 Some(clean) if clean.incomplete > 0 => write!(
                     text,
@@ -167,6 +209,58 @@ fn specimens(text: &mut String, measured: &[Measured]) {
         }
         text.push('\n');
     }
+}
+
+/// What hides and shows itself by turns.
+fn blinking(text: &mut String, measured: &[Measured]) {
+    if measured.iter().all(|one| one.blinking.is_empty()) {
+        return;
+    }
+    text.push_str(
+        "\n## What hides by turns\n\nSpecimens that hide something and show it again in a loop: in \
+         how many checks they were reported, and in brackets in how many they were seen in some \
+         look at all; in guests at rest and in guests whose processes, threads, files and sockets \
+         come and go. A check looks at most six times within 155 ms. `watch` goes on looking.\n\n",
+    );
+    let guests: Vec<(&Measured, u32, bool)> = measured
+        .iter()
+        .flat_map(|one| {
+            let mut guests: Vec<_> = one
+                .blinking
+                .iter()
+                .map(|b| (one, b.vcpus, b.busy))
+                .collect();
+            guests.dedup_by_key(|guest| (guest.1, guest.2));
+            guests
+        })
+        .collect();
+    text.push_str("| specimen |");
+    for (measured, vcpus, busy) in &guests {
+        let rest = if *busy { "busy" } else { "at rest" };
+        let _ = write!(text, " {}, {vcpus} CPU, {rest} |", measured.kernel);
+    }
+    let _ = writeln!(text, "\n|---|{}", "---|".repeat(guests.len()));
+    for specimen in BLINKING {
+        let _ = write!(text, "| {}: {} |", specimen.name, specimen.does);
+        for (measured, vcpus, busy) in &guests {
+            let mut all = measured.blinking.iter();
+            let one = all.find(|one| {
+                (one.name.as_str(), one.vcpus, one.busy) == (specimen.name, *vcpus, *busy)
+            });
+            let _ = match one {
+                Some(one) => write!(text, " {} of {} ({}) |", one.found, one.checks, one.seen),
+                None => write!(text, " – |"),
+            };
+        }
+        text.push('\n');
+    }
+    let all = || measured.iter().flat_map(|one| &one.blinking);
+    let wrong: usize = all().map(|one| one.wrong.len()).sum();
+    let checks: u32 = all().map(|one| one.checks).sum();
+    let _ = writeln!(
+        text,
+        "\nReported besides, in these {checks} checks: {wrong}."
+    );
 }
 
 /// Where the same was found.

@@ -100,12 +100,17 @@ pub fn costs() -> Result<()> {
 /// # Errors
 /// If a guest does not start, or a detector misses a specimen or finds
 /// something in a clean guest.
-pub fn detection(checks: u32) -> Result<()> {
+pub fn detection(checks: u32, minutes: Option<u64>, arguments: &[String]) -> Result<()> {
     prerequisites::for_guests()?;
-    let measured = run(cargo()
+    let mut command = cargo();
+    command
         .args(["run", "--release", "--package", "secmon-tests"])
-        .args(["--bin", "detection", "--", "measure"])
-        .arg(checks.to_string()));
+        .args(["--bin", "detection", "--", "measure", "--checks"])
+        .arg(checks.to_string());
+    if let Some(minutes) = minutes {
+        command.args(["--minutes", &minutes.to_string()]);
+    }
+    let measured = run(command.args(arguments));
     docs::run(false)?;
     measured
 }

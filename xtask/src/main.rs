@@ -47,6 +47,12 @@ enum Task {
         /// Checks of each clean guest under each load
         #[arg(long, default_value_t = 1000)]
         checks: u32,
+        /// End after about so many minutes, with fewer checks, about as many of each
+        #[arg(long)]
+        minutes: Option<u64>,
+        /// More for the program `detection`: --resume, --only clean, --kernel 6.1 and so on
+        #[arg(last = true)]
+        arguments: Vec<String>,
     },
     /// Compare with volatility3, drgn and memflow on one image, and write docs/peers.md
     Peers,
@@ -74,7 +80,11 @@ fn main() -> Result<()> {
         Task::Fuzz { seconds, target } => fuzz::run_targets(seconds, target.as_deref()),
         Task::Bench => check::bench(),
         Task::Costs => check::costs(),
-        Task::Detection { checks } => check::detection(checks),
+        Task::Detection {
+            checks,
+            minutes,
+            arguments,
+        } => check::detection(checks, minutes, &arguments),
         Task::Peers => peers::compare(),
         Task::Appliance { output, arguments } => appliance::build(&output, &arguments),
         Task::Docs { check } => docs::run(check),

@@ -7,10 +7,12 @@
 //! kernel was given [`MARK`], which only the lab does, and takes back what it
 //! did when it is unloaded. Which there are is data: [`ALL`].
 
+mod blinking;
 mod build;
 mod run;
 mod table;
 
+pub use blinking::BLINKING;
 pub use build::modules;
 pub use run::Active;
 pub use table::ALL;
@@ -82,6 +84,8 @@ pub enum Need {
     Thread(&'static str),
     /// Another module that has to be loaded before, `resident`.
     Resident,
+    /// These parameters.
+    Set(&'static str),
 }
 
 /// What the lab writes to the memory of a guest. The pointers that are put in
@@ -209,7 +213,7 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("specimens/modules");
         let mut names = BTreeSet::new();
         let mut used = BTreeSet::from(["resident".to_owned(), "module_unlinked".to_owned()]);
-        for specimen in ALL {
+        for specimen in ALL.iter().chain(BLINKING) {
             let name = specimen.name;
             for suite in specimen.suites {
                 assert!(names.insert((name, *suite)), "{name} is there twice");
@@ -224,7 +228,8 @@ mod tests {
             let path = entry.expect("an entry").path();
             let text = std::fs::read_to_string(&path).expect("text");
             if path.extension().is_some_and(|extension| extension == "h") {
-                assert!(text.contains(MARK));
+                let begins_with_it = text.contains("#include \"specimen.h\"");
+                assert!(text.contains(MARK) || begins_with_it);
                 continue;
             }
             let stem = path.file_stem().and_then(|stem| stem.to_str());

@@ -103,6 +103,7 @@ impl<'a> Active<'a> {
                     self.hidden = Some(RESIDENT);
                     parameters.push(format!("victim={RESIDENT}"));
                 }
+                Need::Set(text) => parameters.push(text.to_owned()),
             }
         }
         self.insert(module.file, &parameters.join(" "), &symbols)

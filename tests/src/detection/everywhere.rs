@@ -115,7 +115,7 @@ fn resources(specimen: &Specimen) -> Vec<&'static str> {
         all.extend(needs.iter().filter_map(|need| match need {
             Need::Process(role) | Need::Thread(role) => Some(*role),
             Need::Resident => Some("resident"),
-            Need::Symbol(_) | Need::SymbolIfThere(_) => None,
+            Need::Symbol(_) | Need::SymbolIfThere(_) | Need::Set(_) => None,
         }));
         all
     };

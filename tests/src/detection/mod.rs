@@ -1,10 +1,14 @@
 //! What the detectors say of a guest that is clean, and of each specimen in
 //! it.
 
+pub mod blinking;
+pub mod clean;
 pub mod everywhere;
 mod loads;
+pub mod plan;
 
 use std::collections::BTreeSet;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,6 +21,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::memory_edits::Edited;
 use crate::open::{self, Opened};
+use blinking::Blinking;
+use clean::{Clean, check_under};
 use everywhere::Everywhere;
 use loads::LOADS;
 
@@ -48,23 +54,36 @@ pub struct Measured {
     /// Many specimens at once, looked at from everywhere.
     #[serde(default)]
     pub everywhere: Vec<Everywhere>,
+    /// What hides and shows itself by turns.
+    #[serde(default)]
+    pub blinking: Vec<Blinking>,
     /// What is not as it has to be.
     #[serde(skip)]
     pub complaints: Vec<String>,
 }
 
-/// The clean guest under one load.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Clean {
-    /// The load.
-    pub load: String,
-    /// How often it was checked.
-    pub checks: u32,
-    /// How many findings there were that are more than information.
-    pub alarms: u64,
-    /// In how many checks a detector could not look to the end.
-    #[serde(default)]
-    pub incomplete: u64,
+impl Measured {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new(kernel: &str) -> Self {
+        Self {
+            kernel: kernel.to_owned(),
+            clean: Vec::new(),
+            specimens: Vec::new(),
+            detectors: Vec::new(),
+            not_checked: Vec::new(),
+            everywhere: Vec::new(),
+            blinking: Vec::new(),
+            complaints: Vec::new(),
+        }
+    }
+
+    /// Forgets loads that are no more, and brings the others into their order.
+    pub fn sort_clean(&mut self) {
+        let place = |clean: &Clean| LOADS.iter().position(|load| load.name == clean.load);
+        self.clean.retain(|clean| place(clean).is_some());
+        self.clean.sort_by_key(|clean| (clean.vcpus, place(clean)));
+    }
 }
 
 /// One specimen.
@@ -103,15 +122,7 @@ pub fn measure(suite: Suite, effort: Effort) -> Result<Measured> {
     let mut bench = Bench {
         lab: &lab,
         effort,
-        measured: Measured {
-            kernel: suite.series().to_owned(),
-            clean: Vec::new(),
-            specimens: Vec::new(),
-            detectors: Vec::new(),
-            not_checked: Vec::new(),
-            everywhere: Vec::new(),
-            complaints: Vec::new(),
-        },
+        measured: Measured::new(suite.series()),
     };
     bench.clean(&opened)?;
     let image = open::image(&lab.ram_file().context("a RAM file")?)?.with_reference(&file);
@@ -191,44 +202,25 @@ impl Bench<'_> {
                 self.measured.not_checked.push(text);
             }
         }
-        let truth = self.lab.truth();
         for load in LOADS {
-            load.begin(truth)
-                .with_context(|| format!("starting the load: {}", load.name))?;
-            self.load(load.name, opened)?;
-            load.end(truth)
-                .with_context(|| format!("ending the load: {}", load.name))?;
-        }
-        Ok(())
-    }
-
-    fn load(&mut self, load: &str, opened: &Opened) -> Result<()> {
-        let (mut alarms, mut incomplete) = (0, 0);
-        for _ in 0..self.effort.clean_checks {
-            let report = check(&opened.guest(), detectors());
-            if !report.is_complete() {
-                incomplete += 1;
-                for detector in &report.detectors {
-                    if let Outcome::NotChecked(why) = &detector.outcome {
-                        println!(
-                            "{}, {load}: {}: {why}",
-                            self.measured.kernel, detector.detector
-                        );
-                    }
-                }
+            let mut clean = Clean::new(load.name, 1);
+            let goal = self.effort.clean_checks;
+            let mut wrong = Vec::new();
+            let mut flow = |_: &Clean, found: Vec<String>| {
+                wrong.extend(found);
+                ControlFlow::Continue(())
+            };
+            check_under(load, self.lab.truth(), opened, goal, &mut clean, &mut flow)?;
+            for finding in wrong {
+                self.complain(&format!("clean guest, {}: {finding}", load.name));
             }
-            let found = report.findings.iter().filter(|one| one.class.is_alarm());
-            for finding in found {
-                alarms += 1;
-                self.complain(&format!("clean guest, {load}: {finding:?}"));
+            if clean.incomplete > 0 {
+                println!("{}, {clean:?}", self.measured.kernel);
+            }
+            if goal > 0 {
+                self.measured.clean.push(clean);
             }
         }
-        self.measured.clean.push(Clean {
-            load: load.to_owned(),
-            checks: self.effort.clean_checks,
-            alarms,
-            incomplete,
-        });
         Ok(())
     }
 
