@@ -1,14 +1,14 @@
 //! Opening a guest of the lab the way a user would.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
 use secmon_guest::Guest;
 use secmon_memory::PhysicalMemory;
 use secmon_platform::target::{OpenOptions, OpenedTarget, Target};
 use secmon_profile::{Cache, FindOptions, Kernel};
-use secmon_reference::KernelFile;
+use secmon_reference::{Expected, KernelFile};
 
 /// What was opened: memory and the kernel in it.
 pub struct Opened {
@@ -18,6 +18,8 @@ pub struct Opened {
     pub kernel: Kernel,
     /// The kernel's own file, if it is to be compared with it.
     reference: Option<Arc<KernelFile>>,
+    /// What the first look at it saw.
+    first_state: Arc<OnceLock<Expected>>,
     /// What keeps the target open.
     target: OpenedTarget,
 }
@@ -31,6 +33,19 @@ impl Opened {
             Some(file) => guest.with_reference(file.clone()),
             None => guest,
         }
+    }
+
+    /// The guest, whose kernel is compared with its state at the first look: at
+    /// the first such guest that is checked.
+    pub fn guest_by_first_state(&self) -> Guest {
+        Guest::new(self.kernel.clone()).with_first_state(self.first_state.clone())
+    }
+
+    /// Has the kernel compared with the state that another view of it first saw.
+    #[must_use]
+    pub fn with_first_state_of(mut self, other: &Self) -> Self {
+        self.first_state = other.first_state.clone();
+        self
     }
 
     /// Has the kernel compared with this file.
@@ -65,6 +80,7 @@ fn target_with(name: &str, isf: Option<PathBuf>) -> Result<Opened> {
         memory: opened.memory.clone(),
         kernel,
         reference: None,
+        first_state: Arc::default(),
         target: opened,
     })
 }

@@ -18,6 +18,7 @@ use serde::Serialize;
 use serde::ser::{SerializeMap, Serializer};
 
 use crate::arguments::Format;
+use crate::baseline;
 use crate::columns::near;
 use crate::listing::{self, column};
 use crate::output::{Rows, json};
@@ -27,7 +28,7 @@ use crate::report::{Advise, Reporter};
 use crate::session::Session;
 
 /// The detector that needs the kernel's own file.
-const REFERRING: &str = "kernel_image";
+pub const REFERRING: &str = "kernel_image";
 /// The exit status of a check that found something.
 const FOUND: u8 = 1;
 
@@ -37,6 +38,8 @@ Examples:
   secmon -t qemu:web1 check                        all detectors, once
   secmon -t file:memory.raw check --format json    with all evidence and each detector's time
   secmon -t monitor:m1 check --detector processes  through the monitoring VM
+  secmon -t qemu:web1 check --kernel vmlinuz       with the kernel's own file, exactly
+  secmon -t qemu:web1 check --baseline             without one: with the first check of this boot
   secmon -t qemu:web1 check --reader web1.sock     and ask the reader in the guest
   secmon check --list                              what each detector compares, and what evades it
 
@@ -59,11 +62,16 @@ pub struct CheckArguments {
     #[arg(short, long, conflicts_with = "detectors")]
     pub list: bool,
 
-    /// The kernel's own file (vmlinuz or vmlinux), or a folder with it, to compare the guest's
-    /// kernel with; without it one is looked for in /boot and below /usr/lib by release and
-    /// build id
-    #[arg(short, long, value_name = "FILE")]
+    /// The kernel's own file (vmlinuz, vmlinux, or the linux-image package) or a folder with it, to
+    /// compare the guest's kernel with; without it one is looked for in /boot and below /usr/lib by
+    /// release and build id
+    #[arg(short, long, value_name = "FILE", env = "SECMON_KERNEL")]
     pub kernel: Option<PathBuf>,
+
+    /// Where the kernel's own file is not at hand: compare the kernel with its state at the first
+    /// check of this boot, which is kept in FOLDER, else below $XDG_STATE_HOME or ~/.local/state
+    #[arg(long, value_name = "FOLDER", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub baseline: Option<PathBuf>,
 
     /// Leave out what this policy excepts or does not report, and its disabled detectors
     #[arg(long, value_name = "FILE", conflicts_with = "list")]
@@ -184,6 +192,12 @@ pub fn check(
     let guest = match compares {
         true => reference::attach(guest, arguments.kernel.as_deref(), reporter)?,
         false => guest,
+    };
+    let guest = match &arguments.baseline {
+        Some(folder) if compares && guest.reference().is_none() => {
+            baseline::attach(guest, &baseline::folder(folder)?, reporter)?
+        }
+        _ => guest,
     };
     session.alone();
     let report = secmon_detect::check(&guest, &detectors, Confirmation::default());

@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 mod arguments;
+mod baseline;
 mod check;
 mod columns;
 mod command;
@@ -128,6 +129,11 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
     match command {
         BuiltIn::Check(arguments) => {
             session.reads(reference::places(arguments.kernel.as_deref()));
+            if let Some(folder) = &arguments.baseline {
+                let folder = baseline::folder(folder)?;
+                baseline::make(&folder)?;
+                session.writes_to(folder);
+            }
             return check::check(&session, &arguments, format, reporter);
         }
         // Done before a target was opened.

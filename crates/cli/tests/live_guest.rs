@@ -470,6 +470,23 @@ fn the_kernel_is_compared_with_its_file(watched: &Watched, folder: &Path) {
     assert_eq!(other.status.code(), Some(2), "{said}");
     assert!(said.contains("build id"), "{said}");
 
+    let states = folder.join("states");
+    let baseline = format!("--baseline={}", states.to_str().expect("UTF-8"));
+    let by_state = || {
+        let detector = ["check", "--detector", "kernel_image", "--format", "json"];
+        watched.run(&[&["-t", &target][..], &detector, &[&baseline]].concat())
+    };
+    let names = |output: &Output| -> Vec<String> {
+        let found: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let findings = found["findings"].as_array().expect("findings").iter();
+        findings.map(|one| one["name"].to_string()).collect()
+    };
+    let first = by_state();
+    let said = String::from_utf8_lossy(&first.stderr);
+    assert!(said.contains("for the first time"), "{said}");
+    assert_eq!(first.status.code(), Some(0), "{said}");
+    assert_eq!(names(&first), ["\"first_state\""]);
+
     let victim = Victim::find(&image, 1);
     let symbols = victim.kernel.profile.symbols();
     let place = symbols.address("cap_capable").expect("a function");
@@ -485,4 +502,22 @@ fn the_kernel_is_compared_with_its_file(watched: &Watched, folder: &Path) {
     let shown = |evidence: usize| findings[0]["evidence"][evidence]["row"]["instructions"].as_str();
     let (before, after) = (shown(0).expect("text"), shown(1).expect("text"));
     assert!(!before.is_empty() && before != after, "{before} / {after}");
+
+    let later = by_state();
+    let said = String::from_utf8_lossy(&later.stderr);
+    assert_eq!(later.status.code(), Some(1), "{said}");
+    assert!(!said.contains("for the first time"), "{said}");
+    assert!(names(&later).contains(&"\"changed_code\"".to_owned()));
+    let kept: Vec<_> = std::fs::read_dir(&states).expect("a folder").collect();
+    let [Ok(kept)] = kept.as_slice() else {
+        panic!("one state, of one boot: {kept:?}");
+    };
+    // What is damaged is no reason to begin anew.
+    let mut bytes = std::fs::read(kept.path()).expect("a file");
+    bytes.pop();
+    std::fs::write(kept.path(), bytes).expect("written");
+    let damaged = by_state();
+    let said = String::from_utf8_lossy(&damaged.stderr);
+    assert_eq!(damaged.status.code(), Some(2), "{said}");
+    assert!(said.contains("damaged"), "{said}");
 }

@@ -32,6 +32,7 @@ mod usermode_helpers;
 pub use check::{Confirmation, DetectorReport, Outcome, Report, Round, check};
 pub use detector::{DetectError, Detector};
 pub use finding::{Class, Evidence, Finding, Severity, Technique};
+pub use kernel_image::{expected_of_first_state, first_state};
 pub use subject::Subject;
 
 /// All detectors, in the order in which they run and are documented.

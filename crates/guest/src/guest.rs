@@ -23,7 +23,9 @@ pub struct Guest {
     pub(crate) unowned_code: Sightings,
     /// The kernel's own file, if somebody gave it.
     reference: Option<Arc<KernelFile>>,
-    /// What follows from it, worked out once.
+    /// What was there at the first look, if that is to be remembered.
+    first_state: Option<Arc<OnceLock<Expected>>>,
+    /// What follows from the file, worked out once.
     expected: OnceLock<Result<Expected, ReferenceError>>,
 }
 
@@ -40,6 +42,7 @@ impl Guest {
             registers: Vec::new(),
             unowned_code: Sightings::default(),
             reference: None,
+            first_state: None,
             expected: OnceLock::new(),
         }
     }
@@ -52,6 +55,20 @@ impl Guest {
         self.reference = Some(file);
         self.expected = OnceLock::new();
         self
+    }
+
+    /// Lets the kernel's text and constants be compared with those of the first
+    /// look at it, which this holds or will hold. It is for one boot of one
+    /// kernel. The kernel's own file, if there is one, goes before.
+    #[must_use]
+    pub fn with_first_state(mut self, state: Arc<OnceLock<Expected>>) -> Self {
+        self.first_state = Some(state);
+        self
+    }
+
+    /// What was there at the first look, or is to be kept from it.
+    pub fn first_state(&self) -> Option<&OnceLock<Expected>> {
+        self.first_state.as_deref()
     }
 
     /// The kernel's own file, if one was given.

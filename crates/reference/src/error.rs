@@ -4,8 +4,23 @@
 #[derive(Debug, thiserror::Error)]
 pub enum ReferenceError {
     /// It is neither a kernel image nor an ELF file.
-    #[error("it is no x86-64 kernel: neither a boot image (vmlinuz) nor an ELF file (vmlinux)")]
+    #[error(
+        "it is no x86-64 kernel: neither a boot image (vmlinuz), nor an ELF file (vmlinux), nor a \
+         Debian package"
+    )]
     NotKernel,
+    /// The package is damaged.
+    #[error("reading the package: {reason}")]
+    Package {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The package holds other things.
+    #[error(
+        "the package holds no kernel (vmlinuz): give that of the image, linux-image-… with the \
+         version, and not one that only depends on it"
+    )]
+    NoKernelInPackage,
     /// The boot image's header contradicts its length.
     #[error("the boot image is cut off: its payload would end at {end}, the file at {length}")]
     CutOff {

@@ -5,11 +5,15 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::boot;
+use crate::comparison::{Comparison, Difference, DifferenceKind, Origin};
 use crate::image::{Image, Part};
 use crate::instructions::{BREAKPOINT, branch, branch_to, is_nop};
-use crate::records::{CallSite, JumpEntry, Records};
-use crate::running::Captured;
-use crate::{KernelFile, Patches, ReferenceError, Running};
+use crate::records::Records;
+use crate::rules::{
+    self, BRANCH, NOP, RETURN, RETURN_ZERO, Rule, WARNING, is_being_written, jump_state, key_state,
+};
+use crate::running::{Captured, Kernel};
+use crate::{FirstState, KernelFile, ReferenceError, Running};
 
 /// Bytes that are compared at a time.
 const BLOCK: usize = 1 << 16;
@@ -19,74 +23,6 @@ const LONGEST: u64 = 16;
 const CLOSE: usize = 8;
 /// More changes than this are not told of one part.
 const MOST: usize = 1 << 12;
-/// A jump or call by a distance, and what stands in its place.
-const BRANCH: usize = 5;
-
-/// What a call that gives 0 is replaced with, in old and newer kernels, and
-/// one that only warns (`arch/x86/kernel/static_call.c`).
-const RETURN_ZERO: [[u8; BRANCH]; 2] = [
-    [0x66, 0x66, 0x48, 0x31, 0xc0],
-    [0x2e, 0x2e, 0x2e, 0x31, 0xc0],
-];
-const WARNING: [u8; BRANCH] = [0x67, 0x48, 0x0f, 0xb9, 0x3a];
-const RETURN: [u8; BRANCH] = [0xc3, BREAKPOINT, BREAKPOINT, BREAKPOINT, BREAKPOINT];
-const NOP: [u8; BRANCH] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
-
-/// A place that the kernel writes anew while it runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rule {
-    /// A jump, or nothing, by a key.
-    Jump(JumpEntry),
-    /// A call of what a key holds.
-    Call(CallSite),
-    /// A call for tracing, or nothing.
-    Trace,
-    /// A call or jump in ftrace's own code.
-    TraceFunction,
-    /// A call or jump through a register, maybe elsewhere.
-    Indirect(usize),
-}
-
-/// Bytes that nothing explains.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Difference {
-    /// Where they start.
-    pub address: u64,
-    /// The section that they lie in.
-    pub section: String,
-    /// What should be there.
-    pub expected: Vec<u8>,
-    /// What is there.
-    pub found: Vec<u8>,
-    /// What kind of difference it is.
-    pub kind: DifferenceKind,
-}
-
-/// What is wrong with bytes that differ.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DifferenceKind {
-    /// The kernel has no reason to change them.
-    Unexplained,
-    /// A jump label that says something else than its key.
-    JumpLabel,
-    /// A static call that leads elsewhere than its key.
-    StaticCall,
-    /// A call at a place for tracing that is none for tracing.
-    Trace,
-}
-
-/// What came out of a comparison.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Comparison {
-    /// What nothing explains.
-    pub differences: Vec<Difference>,
-    /// How many more there are than are told.
-    pub dropped: usize,
-    /// How many bytes were compared.
-    pub compared: u64,
-    /// Addresses that could not be read.
-    pub unread: Vec<Range<u64>>,
-}
 
 /// What a kernel's text and constants have to look like.
 #[derive(Debug)]
@@ -95,7 +31,15 @@ pub struct Expected {
     rules: BTreeMap<u64, Rule>,
     /// What the kernel writes while it starts, among its constants.
     written: Range<u64>,
+    /// What stood below something else at the first look.
+    unknown: Vec<Range<u64>>,
     return_thunk: Option<u64>,
+    origin: Origin,
+}
+
+/// Where the kernel's functions return through, if they do.
+fn return_thunk(running: &dyn Running) -> Option<u64> {
+    running.read_u64(running.symbol("x86_return_thunk")?)
 }
 
 impl Expected {
@@ -116,39 +60,92 @@ impl Expected {
         let running = &Captured::new(running, start, length);
         let patched = boot::patch(&mut image, records, running);
         let range = |start, end| running.symbol(start).zip(running.symbol(end));
-        let mut rules = BTreeMap::new();
+        let mut rules = rules::of_records(records, running);
         for call in patched.indirect {
-            rules.insert(call.address, Rule::Indirect(call.length));
-        }
-        for site in records.traced(range("__start_mcount_loc", "__stop_mcount_loc")) {
-            rules.insert(site, Rule::Trace);
-        }
-        for call in records.calls(range(
-            "__start_static_call_sites",
-            "__stop_static_call_sites",
-        )) {
-            rules.insert(call.code, Rule::Call(call));
-        }
-        for jump in records.jumps(range("__start___jump_table", "__stop___jump_table")) {
-            rules.insert(jump.code, Rule::Jump(jump));
-        }
-        for symbol in ["ftrace_call", "ftrace_regs_call", "ftrace_graph_call"] {
-            if let Some(address) = running.symbol(symbol) {
-                rules.insert(address, Rule::TraceFunction);
-            }
+            rules
+                .entry(call.address)
+                .or_insert(Rule::Indirect(call.length));
         }
         rules.retain(|address, _| image.get(*address, 2).is_some());
         let written = range("__start_ro_after_init", "__end_ro_after_init");
-        let thunk = running.symbol("x86_return_thunk");
         let mut expected = Self {
             parts: Vec::new(),
             rules,
             written: written.map_or(0..0, |(start, end)| start..end),
-            return_thunk: thunk.and_then(|thunk| running.read_u64(thunk)),
+            unknown: Vec::new(),
+            return_thunk: return_thunk(running),
+            origin: Origin::File,
         };
         expected.settle(&mut image, running);
         expected.parts = image.into_constant();
         Ok(expected)
+    }
+
+    /// Takes what was there at the first look. Of the places that the kernel
+    /// writes anew, what does not agree with the kernel's own records is not
+    /// taken, but what they want there.
+    #[must_use]
+    pub fn of_first_state(state: FirstState, kernel: Kernel<'_>) -> Self {
+        let FirstState {
+            file,
+            taken,
+            traced,
+            unknown,
+        } = state;
+        let records = Records {
+            file: &file,
+            slide: 0,
+        };
+        let mut rules = rules::of_records(records, kernel.running);
+        for site in traced {
+            rules.entry(site).or_insert(Rule::Trace);
+        }
+        let mut image = Image::whole(file.sections);
+        rules.retain(|address, _| image.get(*address, 2).is_some());
+        let mut expected = Self {
+            parts: Vec::new(),
+            rules,
+            written: 0..0,
+            unknown,
+            return_thunk: return_thunk(kernel.running),
+            origin: Origin::FirstState { taken },
+        };
+        expected.verify(&mut image, kernel);
+        expected.parts = image.into_constant();
+        expected
+    }
+
+    /// Puts what the kernel's records want into each place that holds
+    /// something else.
+    fn verify(&self, image: &mut Image, kernel: Kernel<'_>) {
+        for (site, rule) in &self.rules {
+            let Some(code) = image.get(*site, 6).or_else(|| image.get(*site, BRANCH)) else {
+                continue;
+            };
+            let length = rule.length(code).min(code.len());
+            let found = code.get(..length).unwrap_or_default();
+            let agrees = found.first() != Some(&BREAKPOINT)
+                && self.allows(*site, rule, found, found, kernel);
+            if !agrees && let Some(wanted) = rule.wanted(*site, code, kernel) {
+                image.set(*site, &wanted);
+            }
+        }
+    }
+
+    /// Where what is expected is from.
+    #[must_use]
+    pub fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    /// Bytes that are compared with nothing, as they could not be known.
+    #[must_use]
+    pub fn unknown(&self) -> u64 {
+        let lengths = self
+            .unknown
+            .iter()
+            .map(|range| range.end.saturating_sub(range.start));
+        lengths.fold(0, u64::saturating_add)
     }
 
     /// Puts what most places hold into those that the kernel writes anew, so
@@ -168,7 +165,7 @@ impl Expected {
                     let Some(code) = image.get(*address, BRANCH).map(<[u8]>::to_vec) else {
                         continue;
                     };
-                    let length = jump_length(&code);
+                    let length = rule.length(&code);
                     let mut found = vec![0; length];
                     if running.read(*address, &mut found)
                         && jump_state(jump, &found) == key_state(jump, running)
@@ -199,7 +196,7 @@ impl Expected {
     }
 
     /// Compares all of it with memory.
-    pub fn compare<K: Running + Patches>(&self, kernel: &K) -> Comparison {
+    pub fn compare(&self, kernel: Kernel<'_>) -> Comparison {
         let mut comparison = Comparison::default();
         for part in &self.parts {
             self.compare_part(part, kernel, &mut comparison);
@@ -207,17 +204,12 @@ impl Expected {
         comparison
     }
 
-    fn compare_part<K: Running + Patches>(
-        &self,
-        part: &Part,
-        kernel: &K,
-        comparison: &mut Comparison,
-    ) {
+    fn compare_part(&self, part: &Part, kernel: Kernel<'_>, comparison: &mut Comparison) {
         let mut found = vec![0; BLOCK];
         for (index, expected) in part.bytes.chunks(BLOCK).enumerate() {
             let start = part.address.wrapping_add((index * BLOCK) as u64);
             let found = found.get_mut(..expected.len()).unwrap_or_default();
-            if !kernel.read(start, found) {
+            if !kernel.running.read(start, found) {
                 let end = start.wrapping_add(expected.len() as u64);
                 comparison.unread.push(start..end);
                 continue;
@@ -230,13 +222,13 @@ impl Expected {
     }
 
     /// Goes through what differs in a block.
-    fn explain<K: Running + Patches>(
+    fn explain(
         &self,
         section: &str,
         start: u64,
         expected: &[u8],
         found: &[u8],
-        kernel: &K,
+        kernel: Kernel<'_>,
         comparison: &mut Comparison,
     ) {
         let mut told: Option<(usize, usize, DifferenceKind)> = None;
@@ -244,6 +236,9 @@ impl Expected {
         while let Some(next) = next_difference(expected, found, offset) {
             let address = start.wrapping_add(next as u64);
             offset = next + 1;
+            if self.unknown.iter().any(|range| range.contains(&address)) {
+                continue;
+            }
             if self.written.contains(&address) {
                 let end = self.written.end.saturating_sub(start);
                 offset = usize::try_from(end).unwrap_or(usize::MAX).max(offset);
@@ -269,7 +264,7 @@ impl Expected {
     }
 
     /// Where the explanation of a byte that differs ends, or what is wrong.
-    fn judge<K: Running + Patches>(&self, address: u64, kernel: &K) -> Result<u64, DifferenceKind> {
+    fn judge(&self, address: u64, kernel: Kernel<'_>) -> Result<u64, DifferenceKind> {
         let mut kind = DifferenceKind::Unexplained;
         let before = address.saturating_sub(LONGEST)..=address;
         for (site, rule) in self.rules.range(before).rev() {
@@ -286,7 +281,7 @@ impl Expected {
                 continue;
             };
             let expected = expected.get(..length).unwrap_or_default();
-            if !kernel.read(*site, found) {
+            if !kernel.running.read(*site, found) {
                 continue;
             }
             match self.allows(*site, rule, expected, found, kernel) {
@@ -300,13 +295,13 @@ impl Expected {
         self.probe(address, kernel).ok_or(kind)
     }
 
-    fn allows<K: Running + Patches>(
+    fn allows(
         &self,
         site: u64,
         rule: &Rule,
         expected: &[u8],
         found: &[u8],
-        kernel: &K,
+        kernel: Kernel<'_>,
     ) -> bool {
         // While the kernel writes, a breakpoint stands first.
         if let [BREAKPOINT, rest @ ..] = found
@@ -317,10 +312,10 @@ impl Expected {
         match rule {
             Rule::Jump(jump) => {
                 let state = jump_state(jump, found);
-                state.is_some() && state == key_state(jump, kernel)
+                state.is_some() && state == key_state(jump, kernel.running)
             }
             Rule::Call(call) => {
-                let function = kernel.read_u64(call.key);
+                let function = kernel.running.read_u64(call.key);
                 function.is_some_and(|function| {
                     self.is_call(call.code, expected, found, call.tail, function, kernel)
                 })
@@ -328,33 +323,33 @@ impl Expected {
             Rule::Trace => {
                 is_nop(found)
                     || matches!((found, branch(site, found)), ([0xe8, ..], Some((target, _)))
-                        if kernel.is_tracer(target))
+                        if kernel.patches.is_tracer(target))
             }
             Rule::TraceFunction => matches!(
                 branch(site, found),
-                Some((target, _)) if kernel.is_trace_function(target)
+                Some((target, _)) if kernel.patches.is_trace_function(target)
             ),
             Rule::Indirect(length) => matches!(
                 branch(site, found),
-                Some((target, found)) if found == *length && kernel.is_indirect_thunk(target)
+                Some((target, found)) if found == *length && kernel.patches.is_indirect_thunk(target)
             ),
         }
     }
 
     /// Whether a static call holds what the kernel puts there for `function`.
-    fn is_call<K: Running + Patches>(
+    fn is_call(
         &self,
         site: u64,
         expected: &[u8],
         found: &[u8],
         tail: bool,
         function: u64,
-        kernel: &K,
+        kernel: Kernel<'_>,
     ) -> bool {
-        if function != 0 && !kernel.is_code(function) {
+        if function != 0 && !kernel.patches.is_code(function) {
             return false;
         }
-        let named = |symbol| kernel.symbol(symbol);
+        let named = |symbol| kernel.running.symbol(symbol);
         // A conditional jump at a function's end keeps its condition.
         if let ([0x0f, condition, ..], [0x0f, other, ..]) = (expected, found) {
             let target = branch(site, found).map(|(target, _)| target);
@@ -384,126 +379,40 @@ impl Expected {
 
     /// Whether the byte belongs to the trampoline of a static call that leads
     /// where its key does, and where it ends.
-    fn trampoline<K: Running + Patches>(&self, address: u64, kernel: &K) -> Option<u64> {
-        let (site, key) = kernel.trampoline(address)?;
+    fn trampoline(&self, address: u64, kernel: Kernel<'_>) -> Option<u64> {
+        let (site, key) = kernel.patches.trampoline(address)?;
         let end = site.checked_add(BRANCH as u64)?;
         let mut found = [0; BRANCH];
-        let inside = (site..end).contains(&address) && kernel.read(site, &mut found);
-        let function = kernel.read_u64(key).filter(|_| inside)?;
+        let inside = (site..end).contains(&address) && kernel.running.read(site, &mut found);
+        let function = kernel.running.read_u64(key).filter(|_| inside)?;
         let expected = self.bytes(site, BRANCH)?;
         self.is_call(site, expected, &found, true, function, kernel)
             .then_some(end)
     }
 
     /// Whether the byte belongs to a kprobe, and where that ends.
-    fn probe<K: Running + Patches>(&self, address: u64, kernel: &K) -> Option<u64> {
+    fn probe(&self, address: u64, kernel: Kernel<'_>) -> Option<u64> {
         // The rest of a jump to a slot.
         for site in (address.saturating_sub(BRANCH as u64 - 1)..=address).rev() {
-            let Some(taken) = kernel.probed(site) else {
+            let Some(taken) = kernel.patches.probed(site) else {
                 continue;
             };
             let expected = self.bytes(site, 1)?;
             let mut found = [0; BRANCH];
-            if expected != [taken] || !kernel.read(site, &mut found) {
+            if expected != [taken] || !kernel.running.read(site, &mut found) {
                 continue;
             }
             if site == address && found[0] == BREAKPOINT {
                 return address.checked_add(1);
             }
             if found[0] == 0xe9
-                && branch(site, &found).is_some_and(|(target, _)| kernel.is_probe_slot(target))
+                && branch(site, &found)
+                    .is_some_and(|(target, _)| kernel.patches.is_probe_slot(target))
             {
                 return site.checked_add(BRANCH as u64);
             }
         }
         None
-    }
-}
-
-impl Rule {
-    fn length(&self, expected: &[u8]) -> usize {
-        match self {
-            Self::Jump(_) => jump_length(expected),
-            Self::Call(_)
-                if expected.first() == Some(&0x0f)
-                    && !is_nop(expected.get(..BRANCH).unwrap_or_default()) =>
-            {
-                6
-            }
-            Self::Call(_) | Self::Trace | Self::TraceFunction => BRANCH,
-            Self::Indirect(length) => *length,
-        }
-    }
-
-    fn kind(&self) -> DifferenceKind {
-        match self {
-            Self::Jump(_) => DifferenceKind::JumpLabel,
-            Self::Call(_) => DifferenceKind::StaticCall,
-            Self::Trace | Self::TraceFunction => DifferenceKind::Trace,
-            Self::Indirect(_) => DifferenceKind::Unexplained,
-        }
-    }
-}
-
-/// The length of a jump label, by what stands there.
-fn jump_length(code: &[u8]) -> usize {
-    match code {
-        [0xeb, ..] => 2,
-        // `66 90` and other ways of two bytes of nothing.
-        [first, second, ..] if is_nop(&[*first, *second]) => 2,
-        _ => BRANCH,
-    }
-}
-
-/// Whether a jump label jumps; `None` if it is none.
-fn jump_state(jump: &JumpEntry, found: &[u8]) -> Option<bool> {
-    let target = match found {
-        [0xeb, distance] => {
-            let next = jump.code.wrapping_add(2);
-            Some(next.wrapping_add_signed((*distance as i8).into()))
-        }
-        [0xe9, ..] => branch(jump.code, found).map(|(target, _)| target),
-        found if is_nop(found) => return Some(false),
-        _ => None,
-    };
-    (target? == jump.target).then_some(true)
-}
-
-/// Whether a jump label should jump, by its key.
-fn key_state(jump: &JumpEntry, running: &dyn Running) -> Option<bool> {
-    let mut count = [0; 4];
-    running
-        .read(jump.key, &mut count)
-        // A count below zero stands for one that is being switched on.
-        .then(|| (i32::from_le_bytes(count) != 0) != jump.inverted)
-}
-
-/// Whether the rest of a place behind a breakpoint is what it is about to be.
-fn is_being_written<K: Running + Patches>(rule: &Rule, site: u64, rest: &[u8], kernel: &K) -> bool {
-    let complete = |opcode: u8| -> Option<u64> {
-        let mut code = vec![opcode];
-        code.extend_from_slice(rest);
-        branch(site, &code).map(|(target, _)| target)
-    };
-    match rule {
-        Rule::Jump(jump) => {
-            complete(0xe9) == Some(jump.target)
-                || rest.len() == 1
-                    && jump_state(jump, &[0xeb, rest.first().copied().unwrap_or(0)]) == Some(true)
-                || rest == NOP.get(1..).unwrap_or_default()
-                || rest == [0x90]
-        }
-        Rule::Call(call) => {
-            let function = kernel.read_u64(call.key);
-            rest == NOP.get(1..).unwrap_or_default()
-                || rest == RETURN.get(1..).unwrap_or_default()
-                || complete(0xe8).is_some_and(|target| function == Some(target))
-        }
-        Rule::Trace | Rule::TraceFunction => {
-            rest == NOP.get(1..).unwrap_or_default()
-                || complete(0xe8).is_some_and(|target| kernel.is_tracer(target))
-        }
-        Rule::Indirect(_) => false,
     }
 }
 

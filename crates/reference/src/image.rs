@@ -1,6 +1,6 @@
 //! The parts of a kernel's file at the addresses where the kernel runs.
 
-use crate::{KernelFile, ReferenceError, Relocations};
+use crate::{KernelFile, ReferenceError, Relocations, Section};
 
 /// Sections that are needed to work out what the kernel does to its text, and
 /// that are gone once it has started.
@@ -58,6 +58,19 @@ impl Image {
         let mut image = Self { parts };
         image.relocate(&file.relocations, slide);
         Ok(image)
+    }
+
+    /// Takes all of some sections, where they are.
+    pub(crate) fn whole(sections: Vec<Section>) -> Self {
+        let parts = sections.into_iter().map(|section| Part {
+            name: section.name,
+            address: section.address,
+            bytes: section.bytes,
+            constant: true,
+        });
+        let mut parts: Vec<Part> = parts.collect();
+        parts.sort_by_key(|part| part.address);
+        Self { parts }
     }
 
     fn relocate(&mut self, relocations: &Relocations, slide: u64) {

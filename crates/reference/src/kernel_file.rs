@@ -11,7 +11,7 @@ use object::elf::{FileHeader64, SHF_ALLOC, SHF_WRITE, SHT_NOBITS};
 use object::read::elf::{FileHeader as _, SectionHeader as _};
 use secmon_profile::{BuildId, build_ids};
 
-use crate::{ReferenceError, boot_image};
+use crate::{ReferenceError, boot_image, package};
 
 /// A kernel has some fifty.
 const MOST_SECTIONS: usize = 4096;
@@ -101,11 +101,19 @@ pub struct KernelFile {
 }
 
 impl KernelFile {
-    /// Takes a boot image (`vmlinuz`) or an ELF file (`vmlinux`) apart.
+    /// Takes a boot image (`vmlinuz`), an ELF file (`vmlinux`) or a Debian
+    /// package with one of these apart.
     ///
     /// # Errors
     /// [`ReferenceError`] says what the file is not.
     pub fn parse(file: &[u8]) -> Result<Self, ReferenceError> {
+        if package::is_package(file) {
+            return Self::parse_kernel(&package::kernel(file)?);
+        }
+        Self::parse_kernel(file)
+    }
+
+    fn parse_kernel(file: &[u8]) -> Result<Self, ReferenceError> {
         match boot_image::payload(file)? {
             Some(payload) => Self::parse_elf(&boot_image::unpack(payload)?),
             None if file.starts_with(b"\x7fELF") => Self::parse_elf(file),

@@ -1,5 +1,5 @@
-//! A kernel's own file (`vmlinuz`, `vmlinux`), and what its text and constants
-//! have to look like once it runs.
+//! A kernel's own file (`vmlinuz`, `vmlinux`), or the state in which it was
+//! first seen, and what its text and constants have to look like as it runs.
 //!
 //! A kernel changes its text: it is moved (KASLR), fits itself to its processor
 //! and hypervisor while it starts, and writes jump labels, static calls and
@@ -13,16 +13,33 @@
 
 mod boot;
 mod boot_image;
+mod comparison;
 mod error;
 mod expected;
+mod first_state;
 mod image;
 mod instructions;
 mod kernel_file;
+mod package;
 mod records;
+mod rules;
 mod running;
+mod stored;
 
+pub use comparison::{Comparison, Difference, DifferenceKind, Origin};
 pub use error::ReferenceError;
-pub use expected::{Comparison, Difference, DifferenceKind, Expected};
+pub use expected::Expected;
+pub use first_state::{FirstState, Piece};
 pub use image::Part;
 pub use kernel_file::{KernelFile, Relocations, Section};
-pub use running::{Patches, Running};
+pub use running::{Kernel, Patches, Running};
+pub use stored::{BootId, StoredError};
+
+/// Parsers that a digest guards, for fuzzing.
+#[doc(hidden)]
+pub mod fuzzing {
+    /// The body of a kept first state.
+    pub fn first_state(body: &[u8]) {
+        crate::stored::parse_any(body);
+    }
+}

@@ -30,6 +30,15 @@ pub trait Running {
     }
 }
 
+/// A running kernel and its records of what it puts into its text.
+#[derive(Clone, Copy)]
+pub struct Kernel<'k> {
+    /// What it says of itself.
+    pub running: &'k dyn Running,
+    /// Its records.
+    pub patches: &'k dyn Patches,
+}
+
 /// A running kernel with a copy of its text: many places of it are looked at
 /// one by one.
 pub(crate) struct Captured<'r> {

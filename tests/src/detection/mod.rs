@@ -26,6 +26,11 @@ use clean::{Clean, check_under};
 use everywhere::Everywhere;
 use loads::LOADS;
 
+/// The detector that needs something to compare the kernel with.
+const REFERRING: &str = "kernel_image";
+/// What it says where that is no file.
+const FIRST_STATE: &str = "kernel_image/first_state";
+
 /// How much is done.
 #[derive(Debug, Clone, Copy)]
 pub struct Effort {
@@ -125,7 +130,9 @@ pub fn measure(suite: Suite, effort: Effort) -> Result<Measured> {
         measured: Measured::new(suite.series()),
     };
     bench.clean(&opened)?;
-    let image = open::image(&lab.ram_file().context("a RAM file")?)?.with_reference(&file);
+    let image = open::image(&lab.ram_file().context("a RAM file")?)?
+        .with_reference(&file)
+        .with_first_state_of(&opened);
     let monitor = effort.monitor.then(|| everywhere::monitor(&lab));
     let monitor = monitor.transpose()?;
     let places = Places {
@@ -202,6 +209,7 @@ impl Bench<'_> {
                 self.measured.not_checked.push(text);
             }
         }
+        self.first_state(opened, "at first");
         for load in LOADS {
             let mut clean = Clean::new(load.name, 1);
             let goal = self.effort.clean_checks;
@@ -220,8 +228,21 @@ impl Bench<'_> {
             if goal > 0 {
                 self.measured.clean.push(clean);
             }
+            self.first_state(opened, load.name);
         }
         Ok(())
+    }
+
+    /// The kernel beside its state at the first look, which was taken before all
+    /// loads.
+    fn first_state(&mut self, opened: &Opened, load: &str) {
+        let report = check(&opened.guest_by_first_state(), &by_reference());
+        let found = names(&report, false);
+        // It may be changing its code just now.
+        let told = !report.is_complete() || found.contains(FIRST_STATE);
+        if !told || found.iter().any(|name| name != FIRST_STATE) {
+            self.complain(&format!("first state, {load}: {report:?}"));
+        }
     }
 
     /// Notes what is wrong, not without end.
@@ -312,6 +333,20 @@ impl Bench<'_> {
             .filter(|_| has_detector(specimen))
             .into_iter()
             .collect()
+    }
+
+    /// What was changed since the first look is found without the kernel's file.
+    fn by_first_state(&mut self, places: Places<'_>, specimen: &Specimen) {
+        for place in [places.live, places.image] {
+            let found = names(
+                &check(&place.guest_by_first_state(), &by_reference()),
+                false,
+            );
+            let expected = specimen.expected.finding.unwrap_or_default();
+            if !found.contains(&format!("{REFERRING}/{expected}")) {
+                self.complain(&format!("{}: first state: {found:?}", specimen.name));
+            }
+        }
     }
 
     fn silent_after(&mut self, guest: &Watched, specimen: &Specimen) {
@@ -421,11 +456,22 @@ impl Bench<'_> {
                 ));
             }
             self.judge(specimen, &report, live == image);
+            if specimen.expected.detector == REFERRING {
+                self.by_first_state(places, specimen);
+            }
         }
         drop(edited);
         self.silent_after(&places.image.guest(), specimen);
+        if specimen.expected.detector == REFERRING {
+            self.first_state(places.image, specimen.name);
+        }
         Ok(())
     }
+}
+
+/// The detectors that need something to compare the kernel with.
+fn by_reference() -> Vec<&'static dyn Detector> {
+    secmon_detect::detector(REFERRING).into_iter().collect()
 }
 
 /// Whether an edit can stand beside all others of the same guest: not one that

@@ -49,6 +49,11 @@ pub struct WatchArguments {
     #[arg(long, value_name = "PERCENT")]
     pub budget: Option<Budget>,
 
+    /// The kernel's own file, or a folder with it, as for `secmon check`;
+    /// where none is found, the kernel is compared with its state at the first look
+    #[arg(short, long, value_name = "FILE", env = "SECMON_KERNEL")]
+    pub kernel: Option<PathBuf>,
+
     /// Keep findings and events in this SQLite database
     #[arg(long, value_name = "FILE")]
     pub store: Option<PathBuf>,

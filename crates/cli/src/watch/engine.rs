@@ -3,9 +3,10 @@
 //! a line. Its policy is the first line of stdin; when stdin ends, so does it.
 
 use std::io::{self, BufRead, Read as _, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use secmon_guest::{Guest, TrustLevel};
 use secmon_memory::Volatility;
 use secmon_monitor::inside::{FollowedGuest, Follower};
 use secmon_profile::{Cache, FindOptions};
+use secmon_reference::{Expected, KernelFile};
 use secmon_sandbox::{Needs, Stage};
 use secmon_watch::policy::MAX_BYTES;
 use secmon_watch::{Event, Incident, Policy, Stop, TargetChange, Watched, watch};
@@ -22,8 +24,10 @@ use serde::{Deserialize, Serialize};
 use super::arguments::WatchArguments;
 use super::now_ms;
 use crate::arguments::Common;
+use crate::check::REFERRING;
+use crate::reference;
 use crate::report::{Advise, Reporter};
-use crate::session::{Session, remembering};
+use crate::session::{Session, Source, remembering};
 
 /// Between two looks at what the target does.
 const FOLLOW: Duration = Duration::from_millis(500);
@@ -35,28 +39,69 @@ pub struct Instructions {
     pub policy: String,
     /// The budget in percent.
     pub budget: f64,
+    /// Whether the target was there before, and came back.
+    pub again: bool,
 }
 
 /// What is followed, as detectors look at it.
-struct View<'a>(FollowedGuest<'a>);
+struct View<'a> {
+    followed: FollowedGuest<'a>,
+    /// The file of the kernel that ran at the start.
+    reference: Option<Arc<KernelFile>>,
+    /// What the first look at a boot saw.
+    first: Mutex<(u64, Arc<OnceLock<Expected>>)>,
+}
 
 impl Watched for View<'_> {
     fn guest(&self) -> Result<(Guest, u64), String> {
-        let (mut kernel, boot) = self.0.kernel()?;
+        let (mut kernel, boot) = self.followed.kernel()?;
         kernel.space = remembering(kernel.space.clone(), &kernel);
-        Ok((Guest::new(kernel), boot))
+        let build_id = kernel.profile.build_id().cloned();
+        let guest = Guest::new(kernel);
+        // After a reboot it may be another kernel.
+        let fits = |file: &&Arc<KernelFile>| build_id.is_some() && file.build_id == build_id;
+        if let Some(file) = self.reference.as_ref().filter(fits) {
+            return Ok((guest.with_reference(Arc::clone(file)), boot));
+        }
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        if first.0 != boot {
+            *first = (boot, Arc::default());
+        }
+        Ok((guest.with_first_state(Arc::clone(&first.1)), boot))
     }
 
     fn boot(&self) -> Option<u64> {
-        self.0.boot()
+        self.followed.boot()
     }
+}
+
+/// The kernel's own file, as long as files can be opened. Where nothing runs yet
+/// none can be looked for.
+fn reference(
+    session: &Session<'_>,
+    source: &Source,
+    given: Option<&Path>,
+    reporter: Reporter,
+) -> Result<Option<Arc<KernelFile>>> {
+    let found = match session.guest(source) {
+        Ok(guest) => reference::find(guest.kernel(), given, reporter)?,
+        // It is compared with each kernel that is started.
+        Err(error) => match given.filter(|path| path.is_file()) {
+            Some(path) => Some(reference::read(path)?),
+            None => {
+                reporter.note(format_args!("no kernel's file is looked for: {error:#}"));
+                None
+            }
+        },
+    };
+    Ok(found.map(Arc::new))
 }
 
 /// Runs until stdin ends or the target goes away.
 ///
 /// # Errors
 /// If the target can't be opened or is none that changes.
-pub fn run(common: &Common, _: &WatchArguments, reporter: Reporter) -> Result<ExitCode> {
+pub fn run(common: &Common, arguments: &WatchArguments, reporter: Reporter) -> Result<ExitCode> {
     crate::fault::install();
     let mut first = String::new();
     let longest = 8 * MAX_BYTES as u64;
@@ -70,7 +115,9 @@ pub fn run(common: &Common, _: &WatchArguments, reporter: Reporter) -> Result<Ex
         .parse()
         .map_err(anyhow::Error::msg)?;
 
-    let session = Session::new(common, reporter);
+    let given = arguments.kernel.as_deref();
+    let mut session = Session::new(common, reporter);
+    session.reads(reference::places(given));
     let source = session.open()?;
     if source.memory().volatility() == Volatility::Static {
         return Err(anyhow::anyhow!(
@@ -78,8 +125,19 @@ pub fn run(common: &Common, _: &WatchArguments, reporter: Reporter) -> Result<Ex
         ))
         .advise("`secmon check` looks at it once");
     }
-    // Nothing is opened from here on, and then memory is looked at. An ISF file
-    // is read again for each kernel that comes: then it, and nothing else, can
+    let compares = policy
+        .enabled()
+        .iter()
+        .any(|detector| detector.name() == REFERRING);
+    let reference = match compares
+        .then(|| reference(&session, &source, given, reporter))
+        .transpose()
+    {
+        // It came back with another kernel: what that is compared with is told.
+        Err(_) if instructions.again => None,
+        found => found?.flatten(),
+    };
+    // Nothing is opened from here on. An ISF file is read again for each kernel that comes: then it, and nothing else, can
     // still be opened.
     if common.isf.is_none() {
         session.confine(Stage::Reading, &Needs::default());
@@ -99,9 +157,7 @@ pub fn run(common: &Common, _: &WatchArguments, reporter: Reporter) -> Result<Ex
         let written = serde_json::to_string(&event)
             .map_err(io::Error::other)
             .and_then(|line| {
-                let mut out = out
-                    .lock()
-                    .unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
                 writeln!(out, "{line}")?;
                 out.flush()
             });
@@ -122,7 +178,11 @@ pub fn run(common: &Common, _: &WatchArguments, reporter: Reporter) -> Result<Ex
         search: session.search(),
     };
     let follower = Follower::new(source.memory().clone(), options);
-    let view = View(follower.guest());
+    let view = View {
+        followed: follower.guest(),
+        reference,
+        first: Mutex::default(),
+    };
     let (reason, tally) = thread::scope(|scope| {
         let looking = scope.spawn(|| {
             let tally = watch(&view, &policy, &stop, &tell);
@@ -147,7 +207,7 @@ const GONE: &str = "the target's QEMU has ended";
 /// Follows what the target does until the watch ends, and says why it does.
 fn follow(
     follower: &Follower,
-    source: &crate::session::Source,
+    source: &Source,
     stop: &Stop,
     tell: &(dyn Fn(Incident) + Sync),
 ) -> &'static str {

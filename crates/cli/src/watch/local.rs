@@ -44,15 +44,16 @@ impl Local {
         ending: &Arc<AtomicBool>,
         news: SyncSender<News>,
     ) -> Result<Self> {
-        let instructions = serde_json::to_string(&Instructions {
+        let mut instructions = Instructions {
             policy,
             budget: parsed.budget.percent(),
-        })?;
+            again: false,
+        };
         let ending = Arc::clone(ending);
         thread::Builder::new()
             .name("looks".to_owned())
             .spawn(move || {
-                let outcome = run(&instructions, &ending, &news);
+                let outcome = run(&mut instructions, &ending, &news);
                 let _ = news.send(News::End(outcome));
             })
             .context("starting a thread")?;
@@ -61,10 +62,16 @@ impl Local {
 }
 
 /// Starts the process that looks, and again as long as the target comes back.
-fn run(instructions: &str, ending: &AtomicBool, news: &SyncSender<News>) -> Result<()> {
+fn run(
+    instructions: &mut Instructions,
+    ending: &AtomicBool,
+    news: &SyncSender<News>,
+) -> Result<()> {
     let mut seen = false;
     loop {
-        let (events, ended_well) = look(instructions, ending, news, !seen)?;
+        instructions.again = seen;
+        let line = serde_json::to_string(instructions)?;
+        let (events, ended_well) = look(&line, ending, news, !seen)?;
         seen |= events > 0;
         if ending.load(Ordering::Relaxed) {
             return Ok(());

@@ -6,7 +6,7 @@ use secmon_guest::Guest;
 use secmon_guest::linux::code::{CodeMap, CodeOwner, RunningKernel};
 use secmon_guest::linux::tracing::{ftrace_ops_in_use, kprobes};
 use secmon_memory::VirtualAddress;
-use secmon_reference::{Patches, Running};
+use secmon_reference::{Kernel, Patches, Running as _};
 
 use crate::code::{self, Target};
 use crate::kernel_text::may_trace;
@@ -57,27 +57,18 @@ impl<'g> KernelPatches<'g> {
     pub(super) fn map(&self) -> &CodeMap {
         &self.map
     }
-}
 
-impl Running for KernelPatches<'_> {
-    fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
-        self.running.read(address, bytes)
+    /// The kernel with these records.
+    pub(super) fn kernel(&self) -> Kernel<'_> {
+        Kernel {
+            running: &self.running,
+            patches: self,
+        }
     }
 
-    fn symbol(&self, name: &'static str) -> Option<u64> {
-        self.running.symbol(name)
-    }
-
-    fn name_at(&self, address: u64) -> Option<&str> {
-        self.running.name_at(address)
-    }
-
-    fn has_feature(&self, number: u16) -> bool {
-        self.running.has_feature(number)
-    }
-
-    fn alternative_size(&self) -> usize {
-        self.running.alternative_size()
+    /// Addresses of kprobes, with the bytes that they took away.
+    pub(super) fn probes(&self) -> &BTreeMap<u64, u8> {
+        &self.probes
     }
 }
 
@@ -94,7 +85,7 @@ impl Patches for KernelPatches<'_> {
     fn is_indirect_thunk(&self, target: u64) -> bool {
         let address = VirtualAddress::new(target);
         let named = || {
-            let name = self.name_at(target);
+            let name = self.running.name_at(target);
             name.is_some_and(|name| name.starts_with("__x86_indirect_its_thunk"))
         };
         matches!(

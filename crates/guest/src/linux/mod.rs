@@ -3,6 +3,7 @@
 //! by each guest's own types.
 
 pub(crate) mod ahead;
+pub mod boot;
 pub mod bpf;
 pub mod callback;
 pub mod cgroup;
