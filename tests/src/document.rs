@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 
 use secmon_detect::{Technique, described, detectors};
 use secmon_lab::Suite;
-use secmon_lab::specimens::{ALL, BLINKING, How, Specimen, Verdict};
+use secmon_lab::specimens::{self, BLINKING, How, Specimen, Verdict};
 
 use crate::detection::everywhere::Everywhere;
 use crate::detection::plan::SEVERAL;
@@ -182,7 +182,7 @@ fn specimens(text: &mut String, measured: &[Measured]) {
     );
     heading(text, "specimen (technique): what it does, and how");
     let mut done: Vec<&str> = Vec::new();
-    for specimen in ALL {
+    for specimen in specimens::all() {
         if done.contains(&specimen.name) {
             continue;
         }
@@ -319,7 +319,7 @@ fn cell(tried: Option<&Tried>) -> String {
 /// How a specimen is made, on one kernel and another.
 fn ways(name: &str) -> String {
     let mut ways: Vec<&str> = Vec::new();
-    for specimen in ALL.iter().filter(|one| one.name == name) {
+    for specimen in specimens::all().filter(|one| one.name == name) {
         let way = match specimen.how {
             How::Module(_) => "a module",
             How::HiddenModule(_) => "a hidden module",

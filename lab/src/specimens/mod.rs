@@ -5,7 +5,7 @@
 //! function calls that function, what is hidden sleeps, nothing stays and
 //! nothing leaves the guest. A module loads only in a virtual machine whose
 //! kernel was given [`MARK`], which only the lab does, and takes back what it
-//! did when it is unloaded. Which there are is data: [`ALL`].
+//! did when it is unloaded. Which there are is data: [`all`].
 
 mod blinking;
 mod build;
@@ -15,7 +15,7 @@ mod table;
 pub use blinking::BLINKING;
 pub use build::modules;
 pub use run::Active;
-pub use table::ALL;
+pub use table::all;
 
 use crate::suite::Suite;
 
@@ -190,8 +190,7 @@ pub enum Shown {
 impl Specimen {
     /// All specimens for a kernel.
     pub fn of(suite: Suite) -> impl Iterator<Item = &'static Specimen> {
-        ALL.iter()
-            .filter(move |specimen| specimen.suites.contains(&suite))
+        all().filter(move |specimen| specimen.suites.contains(&suite))
     }
 
     /// Whether a module makes it.
@@ -213,7 +212,7 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("specimens/modules");
         let mut names = BTreeSet::new();
         let mut used = BTreeSet::from(["resident".to_owned(), "module_unlinked".to_owned()]);
-        for specimen in ALL.iter().chain(BLINKING) {
+        for specimen in all().chain(BLINKING) {
             let name = specimen.name;
             for suite in specimen.suites {
                 assert!(names.insert((name, *suite)), "{name} is there twice");
@@ -242,7 +241,7 @@ mod tests {
 
     #[test]
     fn there_are_forty_techniques_and_more() {
-        let names: BTreeSet<_> = ALL.iter().map(|specimen| specimen.name).collect();
+        let names: BTreeSet<_> = all().map(|specimen| specimen.name).collect();
         assert!(names.len() >= 40, "{}", names.len());
     }
 }
