@@ -21,6 +21,10 @@ use crate::rows::{TableRow, read_table};
 
 /// The number of getpgid among the system calls of x86-64.
 const GETPGID: u64 = 121;
+/// The same of 32-bit programs.
+const GETPGID_32: u64 = 132;
+/// Longer than the code that dispatches system calls.
+const LONGEST_DISPATCHER: usize = 0x8000;
 /// The vector of the overflow exception, and the size of a gate.
 const OVERFLOW: u64 = 4;
 const GATE: u64 = 16;
@@ -76,6 +80,7 @@ impl<'a> Edited<'a> {
                 let table = self.symbol("sys_call_table")?;
                 self.lead_to_module(table.wrapping_add(8 * GETPGID))
             }
+            Edit::SystemCall32 => self.system_call_32(),
             Edit::InterruptGate => {
                 let gate = self.symbol("idt_table")?.wrapping_add(OVERFLOW * GATE);
                 let target = address(&self.module()?, "base")?.as_u64().to_le_bytes();
@@ -167,6 +172,26 @@ impl<'a> Edited<'a> {
                 self.write(place, &[text.as_bytes(), b"\0"].concat())
             }
         }
+    }
+
+    /// Leads getpgid of 32-bit programs to a module: by the table, or in the
+    /// code that took its place.
+    fn system_call_32(&mut self) -> Result<()> {
+        if let Ok(table) = self.symbol("ia32_sys_call_table") {
+            return self.lead_to_module(table.wrapping_add(8 * GETPGID_32));
+        }
+        let start = self.symbol("ia32_sys_call")?;
+        let getpgid = self.symbol("__ia32_sys_getpgid")?.as_u64();
+        let mut code = vec![0; LONGEST_DISPATCHER];
+        self.opened.kernel.space.read(start, &mut code)?;
+        let mut decoder = Decoder::with_ip(64, &code, start.as_u64(), DecoderOptions::NONE);
+        let branch = decoder
+            .iter()
+            .find(|instruction| instruction.near_branch_target() == getpgid);
+        let end = branch.context("no branch to getpgid")?.next_ip();
+        let target = address(&self.module()?, "base")?.as_u64();
+        let distance = target.wrapping_sub(end).to_le_bytes();
+        self.write(VirtualAddress::new(end - 4), &distance[..4])
     }
 
     /// The byte of a function's first conditional jump that says on what.

@@ -22,6 +22,7 @@ const SOCKETS: &[&str] = &[
     "protocol",
     "state",
     "local_address",
+    "local_port",
     "ip_protocol",
     "ethertype",
     "interface",
@@ -30,6 +31,7 @@ const SOCKETS: &[&str] = &[
     "pid",
     "comm",
     "has_file",
+    "shown_in_guest",
     "address",
 ];
 
@@ -59,14 +61,16 @@ impl Detector for Network {
     }
 
     fn meaning(&self) -> &'static str {
-        "Sockets that see packets of all programs, and interfaces that take packets for other \
-         machines. A raw socket is what ping and routing daemons have as well, and a bridge takes \
+        "Ports that are open and that the kernel's tables of sockets lack, sockets that see packets \
+         of all programs, and interfaces that take packets for other machines. A raw socket is what ping and routing daemons have as well, and a bridge takes \
          all packets of its ports: information."
     }
 
     fn compares(&self) -> &'static str {
-        "Nothing: it reads the kernel's sockets and interfaces in all network namespaces, also \
-         those that belong to no open file, which no program in the guest can do."
+        "The tables of TCP's and UDP's sockets with the sockets that open files lead to, in all \
+         network namespaces. The others are compared with nothing: it reads the kernel's sockets \
+         and interfaces, also those that belong to no open file, which no program in the guest can \
+         do."
     }
 
     fn evaded_by(&self) -> &'static str {
@@ -75,7 +79,7 @@ impl Detector for Network {
     }
 
     fn techniques(&self) -> &'static [Technique] {
-        &[SNIFFING, RAW]
+        &[SNIFFING, RAW, Technique::ROOTKIT]
     }
 
     fn cost(&self) -> &'static str {
@@ -84,11 +88,17 @@ impl Detector for Network {
 
     fn run(&self, guest: &Guest, findings: &mut dyn FnMut(Finding)) -> Result<(), DetectError> {
         let mut parts = Parts::default();
-        parts.note(Rows::of("sockets", SOCKETS)?.read(guest, |row| {
+        let mut unlisted = Vec::new();
+        let read = Rows::of("sockets", SOCKETS)?.read(guest, |row| {
             if let Some(finding) = socket(&row) {
                 findings(finding);
             }
-        }));
+            unlisted.extend(outside(&row));
+        });
+        // A table that could not be read to its end may have them.
+        if parts.note(read).is_some() {
+            unlisted.into_iter().for_each(&mut *findings);
+        }
         let mut uppers = Uppers::default();
         let mut promiscuous = Vec::new();
         parts.note(Rows::of("interfaces", INTERFACES)?.read(guest, |row| {
@@ -132,17 +142,8 @@ fn socket(row: &Fields<'_>) -> Option<Finding> {
     if !row.is_true("has_file") {
         return None;
     }
-    let address = VirtualAddress::new(row.number("address")?);
-    let owner = match (row.id("pid"), row.text("comm")) {
-        (Some(pid), Some(comm)) => {
-            format!("process {pid} ({})", String::from_utf8_lossy(comm))
-        }
-        _ => "no process that is shown".to_owned(),
-    };
-    let subject = Subject::Socket {
-        address,
-        name: format!("{} of {owner}", String::from_utf8_lossy(protocol)),
-    };
+    let owner = owner(row);
+    let subject = subject(row, &owner)?;
     Some(
         Finding::new(
             NAME,
@@ -154,6 +155,54 @@ fn socket(row: &Fields<'_>) -> Option<Finding> {
         )
         .technique(technique)
         .evidence(row.evidence("sockets", "the socket")),
+    )
+}
+
+fn owner(row: &Fields<'_>) -> String {
+    match (row.id("pid"), row.text("comm")) {
+        (Some(pid), Some(comm)) => {
+            format!("process {pid} ({})", String::from_utf8_lossy(comm))
+        }
+        _ => "no process that is shown".to_owned(),
+    }
+}
+
+fn subject(row: &Fields<'_>, owner: &str) -> Option<Subject> {
+    let protocol = String::from_utf8_lossy(row.text("protocol")?);
+    Some(Subject::Socket {
+        address: VirtualAddress::new(row.number("address")?),
+        name: format!("{protocol} of {owner}"),
+    })
+}
+
+/// A socket that takes connections or packets at a port, and that is missing
+/// from the table which programs are told of: an open file alone leads to it.
+fn outside(row: &Fields<'_>) -> Option<Finding> {
+    let receives = match row.text("protocol")? {
+        b"tcp" | b"tcp6" => row.text("state") == Some(b"LISTEN"),
+        b"udp" | b"udp6" => true,
+        _ => false,
+    };
+    let port = row.number("local_port").filter(|port| *port != 0)?;
+    let listed = row.value("shown_in_guest") != &Value::Boolean(false);
+    if !receives || listed || !row.is_true("has_file") {
+        return None;
+    }
+    let owner = owner(row);
+    let summary = format!("{owner} has port {port} open, and the kernel's table lacks the socket");
+    let finding = Finding::new(
+        NAME,
+        "port_in_no_table",
+        Class::Attack,
+        Severity::High,
+        subject(row, &owner)?,
+        summary,
+    );
+    let what = "the socket, of which the process's open file tells";
+    Some(
+        finding
+            .technique(Technique::ROOTKIT)
+            .evidence(row.evidence("sockets", what)),
     )
 }
 
@@ -238,6 +287,46 @@ impl Promiscuous {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The name of what is found of a socket outside of the tables.
+    fn socket_outside(changes: &[(&str, Value)]) -> Option<&'static str> {
+        let sound = |column: &str| match column {
+            "protocol" => "tcp".into(),
+            "state" => "LISTEN".into(),
+            "local_port" => 22_u64.into(),
+            "shown_in_guest" => false.into(),
+            "has_file" => true.into(),
+            "address" => Value::Address(0xffff_8880_0000_1000),
+            _ => Value::Null,
+        };
+        let value = |column: &&str| {
+            let changed = changes.iter().find(|(name, _)| name == column);
+            changed.map_or_else(|| sound(column), |(_, value)| value.clone())
+        };
+        let values: Vec<Value> = SOCKETS.iter().map(value).collect();
+        outside(&Fields::new(SOCKETS, &values)).map(|finding| finding.name)
+    }
+
+    #[test]
+    fn an_open_port_has_to_be_in_a_table() {
+        assert_eq!(socket_outside(&[]), Some("port_in_no_table"));
+        let udp = [("protocol", "udp6".into()), ("state", "CLOSE".into())];
+        assert_eq!(socket_outside(&udp), Some("port_in_no_table"));
+        for sound in [
+            ("shown_in_guest", Value::Boolean(true)),
+            ("shown_in_guest", Value::unreadable("it is gone")),
+            ("has_file", false.into()),
+            ("local_port", 0_u64.into()),
+            ("state", "CLOSE".into()),
+            ("protocol", "unix".into()),
+        ] {
+            assert_eq!(
+                socket_outside(std::slice::from_ref(&sound)),
+                None,
+                "{sound:?}"
+            );
+        }
+    }
 
     const COLUMNS: &[&str] = &["name", "kind", "promiscuity", "uppers", "address"];
 

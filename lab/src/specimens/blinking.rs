@@ -1,6 +1,6 @@
 //! Specimens that hide something and show it again, by turns: whether they are
 //! found is a question of how often and how long one looks. So they are apart
-//! from [`super::ALL`], of which each check has to find each.
+//! from [`super::all`], of which each check has to find each.
 
 use super::{Expected, How, Module, Need, Shown, Specimen, Verdict};
 use crate::suite::Suite;

@@ -100,6 +100,8 @@ pub enum Edit {
     UnlinkModuleObject,
     /// The entry of getpgid in the table of system calls.
     SystemCallEntry,
+    /// The entry or the branch of getpgid for 32-bit programs.
+    SystemCall32,
     /// The gate of the overflow exception.
     InterruptGate,
     /// A pointer in a structure at a symbol.
@@ -183,6 +185,8 @@ pub enum Shown {
     UserZero,
     /// The process has all capabilities.
     AllCapabilities,
+    /// `/proc/net/tcp` has nobody that listens at this port.
+    NoListener(u16),
     /// `/proc` has a kernel thread of this name.
     KernelThread(&'static str),
 }

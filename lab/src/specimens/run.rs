@@ -188,6 +188,16 @@ impl<'a> Active<'a> {
                 let effective = u64::from_str_radix(line.context("CapEff")?.trim(), 16)?;
                 vec![("all capabilities", effective.trailing_ones() >= 38)]
             }
+            Shown::NoListener(port) => {
+                let text = truth.read_file("/proc/net/tcp")?.to_string();
+                // Address and port in hexadecimal; state 0A listens.
+                let listens = |line: &str| {
+                    let words: Vec<&str> = line.split_whitespace().collect();
+                    matches!(words.as_slice(), [_, local, _, "0A", ..]
+                        if local.ends_with(&format!(":{port:04X}")))
+                };
+                vec![("no listener", !text.lines().any(listens))]
+            }
             Shown::KernelThread(name) => {
                 let mut processes = truth.processes()?.into_iter();
                 let seen = processes.any(|process| process.kernel_thread && process.comm == name);

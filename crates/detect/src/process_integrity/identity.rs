@@ -6,7 +6,7 @@ use secmon_guest::{Guest, Value};
 
 use super::{Claims, Sort};
 use crate::rows::{Fields, Parts, Rows};
-use crate::{Class, Severity, Technique};
+use crate::{Class, Evidence, Severity, Technique};
 
 /// Indicator removal: file deletion.
 pub(super) const DELETION: Technique = Technique::new("T1070.004");
@@ -84,9 +84,18 @@ fn in_brackets(word: &[u8]) -> bool {
     matches!(word, [b'[', .., b']'])
 }
 
-/// Looks at all processes; gives the deleted executables that were found, by
-/// process.
-pub(super) fn look(guest: &Guest, claims: &mut Claims, parts: &mut Parts) -> HashMap<u32, Vec<u8>> {
+/// What a process was started as.
+pub(super) struct Program {
+    /// Its path.
+    pub(super) path: Vec<u8>,
+    /// Whether that was deleted since.
+    pub(super) deleted: bool,
+    /// The process's row.
+    pub(super) evidence: Evidence,
+}
+
+/// Looks at all processes; gives what they were started as.
+pub(super) fn look(guest: &Guest, claims: &mut Claims, parts: &mut Parts) -> HashMap<u32, Program> {
     let mut names = KernelNames::default();
     let threads = Rows::of("processes", &["kernel_thread", "task_comm"]).and_then(|rows| {
         rows.read(guest, |row| {
@@ -96,22 +105,25 @@ pub(super) fn look(guest: &Guest, claims: &mut Claims, parts: &mut Parts) -> Has
         })
     });
     parts.note(threads);
-    let mut deleted = HashMap::new();
+    let mut found = HashMap::new();
     let programs = Rows::of("processes", COLUMNS).and_then(|rows| {
         rows.read(guest, |row| {
             if row.is_true("kernel_thread") {
                 return;
             }
             judge(&row, &names, claims);
-            if let (true, Some(pid), Some(exe)) =
-                (row.is_true("exe_deleted"), row.id("pid"), row.text("exe"))
-            {
-                deleted.insert(pid, exe.to_vec());
+            if let (Some(pid), Some(exe)) = (row.id("pid"), row.text("exe")) {
+                let program = Program {
+                    path: exe.to_vec(),
+                    deleted: row.is_true("exe_deleted"),
+                    evidence: row.evidence("processes", "the process"),
+                };
+                found.insert(pid, program);
             }
         })
     });
     parts.note(programs);
-    deleted
+    found
 }
 
 fn judge(row: &Fields<'_>, names: &KernelNames, claims: &mut Claims) {

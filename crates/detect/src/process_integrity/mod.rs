@@ -4,6 +4,7 @@
 mod code;
 mod environment;
 mod identity;
+mod threads;
 
 use std::collections::BTreeMap;
 
@@ -30,26 +31,32 @@ impl Detector for ProcessIntegrity {
     fn meaning(&self) -> &'static str {
         "Processes that run deleted files or files that were only ever in memory, that call \
          themselves like threads of the kernel, whose code differs from its file or lies in no \
-         file, that can write to their code, that others trace, or that load libraries by \
-         LD_PRELOAD."
+         file, whose threads make system calls in such code or were not started by a library, that \
+         have another process's memory or none of their own program's code, that can write to their \
+         code, that others trace, or that load libraries by LD_PRELOAD."
     }
 
     fn compares(&self) -> &'static str {
         "Names and command lines of programs with those of kernel threads; each page of executable \
          areas of files with the file's own page in the page cache, byte by byte, and of the vDSO \
-         with the kernel's; permissions and files of memory areas; environments."
+         with the kernel's; permissions and files of memory areas; the instruction and the stack pointer with which each \
+         thread came out of user mode with these areas; the thread-local data of threads and the \
+         memory of processes with each other; environments."
     }
 
     fn evaded_by(&self) -> &'static str {
         "Code that is brought in as data for an interpreter, or through a library that is a file; \
          an executable that is put back in its place; an environment that the program writes \
-         over or that is swapped out. Programs that make code as they run (Java, browsers) are found as well: they need \
-         an exception."
+         over or that is swapped out. A thread that was brought in and that a library started, while it \
+         is in a library's system call. Programs that make code as they run (Java, browsers) are \
+         found as anonymous_code or writable_code as well: they need an exception; so do packed \
+         programs, which make system calls in such code."
     }
 
     fn techniques(&self) -> &'static [Technique] {
         &[
             code::INJECTION,
+            code::HOLLOWING,
             code::TRACING,
             code::REFLECTIVE,
             identity::DELETION,
@@ -67,8 +74,9 @@ impl Detector for ProcessIntegrity {
         let processes = NamedProcesses::new(guest, NAME)?;
         let mut claims = Claims::default();
         let mut parts = Parts::default();
-        let deleted = identity::look(guest, &mut claims, &mut parts);
-        code::look(guest, &deleted, &mut claims, &mut parts);
+        let programs = identity::look(guest, &mut claims, &mut parts);
+        let areas = code::look(guest, &programs, &mut claims, &mut parts);
+        threads::look(guest, &areas, &mut claims, &mut parts);
         parts.note(environment::look(guest, &mut claims));
         for ((pid, name), claim) in claims.by_process {
             // What ended meanwhile is nobody's any more.

@@ -60,5 +60,6 @@ pub mod tree;
 pub mod tty;
 pub mod types;
 pub mod user;
+pub mod user_registers;
 pub mod views;
 pub mod xarray;

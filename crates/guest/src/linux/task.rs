@@ -67,6 +67,10 @@ layout! {
         /// Part of `thread_info` since 5.16; absent for one CPU.
         cpu: "thread_info.cpu" | "cpu",
         stack_pointer: "thread.sp",
+        /// What FS of user mode adds to addresses: where thread-local data is.
+        thread_pointer: "thread.fsbase",
+        /// Whom it tells when it no longer needs its parent's memory.
+        vfork_done: "vfork_done",
         ptrace: "ptrace",
         parent: "parent",
         exit_code: "exit_code",
@@ -142,6 +146,8 @@ impl TaskLayout {
         let optional = [
             &self.cpu,
             &self.stack_pointer,
+            &self.thread_pointer,
+            &self.vfork_done,
             &self.ptrace,
             &self.parent,
             &self.exit_code,

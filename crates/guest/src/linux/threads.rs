@@ -6,6 +6,7 @@ use crate::linux::listing::Listing;
 use crate::linux::process::{self, Process};
 use crate::linux::processes::{column, number, policy, signed, state};
 use crate::linux::task::TaskLayout;
+use crate::linux::user_registers::{self, UserRegisters};
 use crate::table::Items;
 use crate::{Guest, Kind, Selection, Shown, TableError, TableOf, Value};
 
@@ -177,6 +178,62 @@ pub static THREADS: TableOf<Process> = TableOf {
             },
         ),
         column(
+            "user_instruction_pointer",
+            Kind::Address,
+            Shown::OnRequest,
+            "The instruction at which it last came out of user mode; null for what has none.",
+            |guest, thread| registers(guest, thread, |found| found.instruction.into()),
+        ),
+        column(
+            "user_stack_pointer",
+            Kind::Address,
+            Shown::OnRequest,
+            "Where its stack of user mode stood then.",
+            |guest, thread| registers(guest, thread, |found| found.stack.into()),
+        ),
+        column(
+            "system_call",
+            Kind::Unsigned,
+            Shown::OnRequest,
+            "The number of the system call by which it last came out of user mode; null if by an \
+             interrupt or a fault.",
+            |guest, thread| registers(guest, thread, |found| found.system_call.into()),
+        ),
+        column(
+            "thread_pointer",
+            Kind::Address,
+            Shown::OnRequest,
+            "Where its thread-local data is: the base of FS when it was last switched away from.",
+            |_, thread| {
+                let member = layout(thread).thread_pointer.as_ref();
+                member.map(|member| thread.task.pointer(member)).into()
+            },
+        ),
+        column(
+            "memory",
+            Kind::Address,
+            Shown::OnRequest,
+            "Where its mm_struct lies, which says what memory it has; null for threads of the \
+             kernel and zombies.",
+            |_, thread| match thread.task.mm {
+                mm if mm.is_null() => Value::Null,
+                mm => mm.into(),
+            },
+        ),
+        column(
+            "borrows_memory",
+            Kind::Boolean,
+            Shown::OnRequest,
+            "Whether it has its parent's memory for as long as it runs no program of its own \
+             (vfork, posix_spawn).",
+            |_, thread| {
+                let member = layout(thread).vfork_done.as_ref();
+                member
+                    .map(|member| !thread.task.pointer(member).is_null())
+                    .into()
+            },
+        ),
+        column(
             "address",
             Kind::Address,
             Shown::OnRequest,
@@ -202,6 +259,11 @@ pub fn row_at(
 
 fn layout(thread: &Process) -> &TaskLayout {
     &thread.task.model().layout
+}
+
+fn registers(guest: &Guest, thread: &Process, value: fn(&UserRegisters) -> Value) -> Value {
+    let found = user_registers::of_thread(guest, TABLE, &thread.task);
+    Value::from_read(found, |found| found.as_ref().map_or(Value::Null, value))
 }
 
 fn cpu_time(thread: &Process) -> (u64, u64) {

@@ -56,4 +56,10 @@ pub(super) const ALL: &[Specimen] = &[
         "runs in a container's root and namespaces, but among the host's processes",
         found("credentials", "container_with_host_processes"),
     ),
+    program(
+        "container-with-host-root",
+        "T1611",
+        "belongs to a container, but sees the host's files",
+        found("credentials", "container_with_host_files"),
+    ),
 ];

@@ -2,6 +2,7 @@
 
 use super::rows::{edit, found, loaded, module};
 use crate::specimens::{Edit, Need, Shown, Specimen};
+use crate::suite::Suite;
 
 /// The specimens.
 pub(super) const ALL: &[Specimen] = &[
@@ -29,6 +30,20 @@ pub(super) const ALL: &[Specimen] = &[
         Shown::Stands,
     ),
     module(
+        "system-call-dispatch-32",
+        "T1014",
+        "leads a branch of the code that dispatches 32-bit system calls elsewhere",
+        loaded(
+            "system_call_dispatch_32",
+            &[
+                Need::Symbol("ia32_sys_call"),
+                Need::Symbol("__ia32_sys_getpgid"),
+            ],
+        ),
+        found("system_calls", "system_call_dispatch"),
+        Shown::Stands,
+    ),
+    module(
         "interrupt-gate",
         "T1014",
         "leads a gate of the interrupt descriptor table elsewhere",
@@ -43,6 +58,26 @@ pub(super) const ALL: &[Specimen] = &[
         Edit::SystemCallEntry,
         found("system_calls", "system_call_entry"),
     ),
+    Specimen {
+        suites: &[Suite::Bullseye],
+        ..edit(
+            "system-call-32",
+            "T1014",
+            "leads a system call of 32-bit programs elsewhere",
+            Edit::SystemCall32,
+            found("system_calls", "system_call_entry"),
+        )
+    },
+    Specimen {
+        suites: &[Suite::Sid],
+        ..edit(
+            "system-call-dispatch-32",
+            "T1014",
+            "leads a branch of the code that dispatches 32-bit system calls elsewhere",
+            Edit::SystemCall32,
+            found("system_calls", "system_call_dispatch"),
+        )
+    },
     edit(
         "interrupt-gate",
         "T1014",

@@ -1,6 +1,6 @@
 //! What the kernel calls through pointers.
 
-use super::rows::{edit, found, hidden, loaded, module};
+use super::rows::{edit, edit_of_all, found, hidden, loaded, module};
 use crate::specimens::{Edit, Need, Shown, Specimen};
 
 /// The specimens.
@@ -124,6 +124,50 @@ pub(super) const ALL: &[Specimen] = &[
             member: "sendmsg",
         },
         found("kernel_pointers", "operation_into_module"),
+    ),
+    edit_of_all(
+        "udp-operation",
+        "T1014",
+        "replaces UDP's function for receiving",
+        Edit::Pointer {
+            symbol: "udp_prot",
+            structure: "proto",
+            member: "recvmsg",
+        },
+        found("kernel_pointers", "operation_into_module"),
+    ),
+    edit_of_all(
+        "raw-operation",
+        "T1014",
+        "replaces the function for receiving of raw sockets",
+        Edit::Pointer {
+            symbol: "raw_prot",
+            structure: "proto",
+            member: "recvmsg",
+        },
+        found("kernel_pointers", "operation_into_module"),
+    ),
+    edit_of_all(
+        "udp-listing",
+        "T1014",
+        "replaces the function that shows a line of /proc/net/udp",
+        Edit::Pointer {
+            symbol: "udp_seq_ops",
+            structure: "seq_operations",
+            member: "show",
+        },
+        found("kernel_pointers", "constant_into_module"),
+    ),
+    edit_of_all(
+        "file-operation",
+        "T1564.001",
+        "replaces the function that reads files of a file system in memory",
+        Edit::Pointer {
+            symbol: "shmem_file_operations",
+            structure: "file_operations",
+            member: "read_iter",
+        },
+        found("kernel_pointers", "constant_into_module"),
     ),
     // What else the kernel calls.
     module(

@@ -2,6 +2,7 @@
 
 use super::rows::{found, program};
 use crate::specimens::Specimen;
+use crate::suite::Suite;
 
 /// The specimens.
 pub(super) const ALL: &[Specimen] = &[
@@ -53,4 +54,38 @@ pub(super) const ALL: &[Specimen] = &[
         "traces another process",
         found("process_integrity", "traced_process"),
     ),
+    program(
+        "injected-code",
+        "T1055",
+        "waits in code of no file",
+        found("process_integrity", "injected_code"),
+    ),
+    program(
+        "injected-thread",
+        "T1055.003",
+        "has a thread that no library started, in code of no file",
+        found("process_integrity", "injected_thread"),
+    ),
+    program(
+        "shared-memory",
+        "T1055",
+        "has the memory of another process, and goes on beside it",
+        found("process_integrity", "shared_memory"),
+    ),
+    program(
+        "hollowed-image",
+        "T1055.012",
+        "has given up its program's code for code of no file",
+        found("process_integrity", "hollowed_image"),
+    ),
+    // Newer kernels let nobody write there.
+    Specimen {
+        suites: &[Suite::Bullseye, Suite::Bookworm, Suite::Trixie],
+        ..program(
+            "changed-vdso",
+            "T1055.014",
+            "has changed the code that the kernel lends it",
+            found("process_integrity", "changed_code"),
+        )
+    },
 ];

@@ -25,23 +25,6 @@ pub(super) const fn found_information(detector: &'static str, finding: &'static 
     }
 }
 
-/// Not found by any detector yet; by which it is to be.
-pub(super) const fn open(detector: &'static str) -> Expected {
-    Expected {
-        detector,
-        finding: None,
-        verdict: Verdict::Alarm,
-    }
-}
-
-/// As [`open`], for what is legitimate.
-pub(super) const fn open_information(detector: &'static str) -> Expected {
-    Expected {
-        verdict: Verdict::Information,
-        ..open(detector)
-    }
-}
-
 pub(super) const fn module(
     name: &'static str,
     technique: &'static str,
@@ -102,6 +85,20 @@ pub(super) const fn edit(
         how: How::MemoryEdit(edit),
         expected,
         shown: Shown::Stands,
+    }
+}
+
+/// An edit for all kernels.
+pub(super) const fn edit_of_all(
+    name: &'static str,
+    technique: &'static str,
+    does: &'static str,
+    change: Edit,
+    expected: Expected,
+) -> Specimen {
+    Specimen {
+        suites: &Suite::ALL,
+        ..edit(name, technique, does, change, expected)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The network, and settings of the system.
 
-use super::rows::{edit, found, found_information, program};
-use crate::specimens::{Edit, How, Shown, Specimen};
+use super::rows::{edit, found, found_information, loaded, module, program};
+use crate::specimens::{Edit, How, Need, Shown, Specimen};
 use crate::suite::Suite;
 
 /// The specimens.
@@ -24,6 +24,14 @@ pub(super) const ALL: &[Specimen] = &[
         "T1040",
         "makes an interface promiscuous",
         found("network", "promiscuous_interface"),
+    ),
+    module(
+        "listener-out-of-table",
+        "T1014",
+        "takes a listening socket out of the table that programs are told of",
+        loaded("socket_out_of_table", &[Need::Process("listening")]),
+        found("network", "port_in_no_table"),
+        Shown::NoListener(5099),
     ),
     // Settings.
     Specimen {

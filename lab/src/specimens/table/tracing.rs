@@ -1,6 +1,6 @@
 //! Tracing and eBPF.
 
-use super::rows::{found, found_information, hidden, loaded, module, open_information, program};
+use super::rows::{found, found_information, hidden, loaded, module, program};
 use crate::specimens::{Shown, Specimen};
 
 /// The specimens.
@@ -57,6 +57,12 @@ pub(super) const ALL: &[Specimen] = &[
         "filter-program",
         "T1205.002",
         "filters a socket's packets by an eBPF program",
-        open_information("tracing"),
+        found_information("tracing", "bpf_program_in_use"),
+    ),
+    program(
+        "kprobe-program",
+        "T1014",
+        "has an eBPF program run at a kprobe",
+        found_information("tracing", "bpf_program_in_use"),
     ),
 ];

@@ -460,6 +460,45 @@ pub fn perf_event() -> io::Result<OwnedFd> {
     } as libc::c_int)
 }
 
+/// `perf_event_open(2)`: a kprobe at the start of a function.
+pub fn kprobe_event(function: &str) -> io::Result<OwnedFd> {
+    let kind = std::fs::read_to_string("/sys/bus/event_source/devices/kprobe/type")?;
+    let kind: u32 = kind.trim().parse().map_err(io::Error::other)?;
+    let function = c_string(function)?;
+    // struct perf_event_attr: type, size, and the function's name in config1.
+    let mut attribute = [0u8; 128];
+    attribute[..4].copy_from_slice(&kind.to_ne_bytes());
+    attribute[4] = 128;
+    attribute[56..64].copy_from_slice(&(function.as_ptr() as u64).to_ne_bytes());
+    // SAFETY: an attribute of the size that it states, with a string that
+    // outlives the call.
+    own(unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            attribute.as_mut_ptr(),
+            -1,
+            0,
+            -1,
+            0,
+        )
+    } as libc::c_int)
+}
+
+/// Has a BPF program run at an event.
+pub fn run_at_event(event: &impl AsRawFd, program: &impl AsRawFd) -> io::Result<()> {
+    // PERF_EVENT_IOC_SET_BPF of include/uapi/linux/perf_event.h
+    const SET_PROGRAM: libc::c_ulong = 0x4004_2408;
+    // SAFETY: descriptors and numbers.
+    check(unsafe {
+        libc::ioctl(
+            event.as_raw_fd(),
+            SET_PROGRAM as _,
+            program.as_raw_fd() as libc::c_ulong,
+        )
+    })
+    .map(drop)
+}
+
 /// `dup2(2)`.
 pub fn duplicate_to(from: &impl AsRawFd, to: RawFd) -> io::Result<()> {
     // SAFETY: descriptors only; nobody owns the target number.

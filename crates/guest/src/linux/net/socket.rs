@@ -134,7 +134,9 @@ fn is_linked(guest: &Guest, sock: VirtualAddress, node: u64) -> bool {
 /// The families that a table holds.
 fn families(source: Source) -> &'static [u16] {
     match source {
-        Source::Tcp | Source::Udp | Source::Raw | Source::Ping => &[AF_INET, AF_INET6],
+        Source::Tcp | Source::TcpPorts | Source::Udp | Source::Raw | Source::Ping => {
+            &[AF_INET, AF_INET6]
+        }
         Source::Unix => &[AF_UNIX],
         Source::Packet => &[AF_PACKET],
         Source::Netlink => &[AF_NETLINK],

@@ -10,6 +10,7 @@ use super::sock::{
     AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_UNIX, AF_VSOCK, ESTABLISHED, Form, LISTEN,
 };
 use super::socket::{Socket, sockets};
+use super::tables::Source;
 use super::vsock::VsockAddress;
 use crate::table::Items;
 use crate::{Column, Cost, Guest, Kind, Selection, Shown, TableError, TableOf, Text, Value};
@@ -221,6 +222,19 @@ pub static SOCKETS: TableOf<Socket> = TableOf {
             "Whether it was found in a table of its protocol; what is not was made and never \
              bound or connected, is of a family whose table is not read, or was taken out.",
             |_, socket| socket.source.is_some().into(),
+        ),
+        column(
+            "shown_in_guest",
+            Kind::Boolean,
+            Shown::OnRequest,
+            "Whether it was found in a table that the guest's own programs are told of; false as \
+             well for a TCP socket that is only in the table of what has a port.",
+            |_, socket| {
+                let told = socket
+                    .source
+                    .is_some_and(|source| source != Source::TcpPorts);
+                told.into()
+            },
         ),
         column(
             "has_file",

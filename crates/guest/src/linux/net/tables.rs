@@ -45,8 +45,10 @@ const LARGEST_BUCKET: u64 = 4096;
 /// Which table a socket was found in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// TCP's.
+    /// TCP's, of connections and listeners.
     Tcp,
+    /// TCP's, of what has a port.
+    TcpPorts,
     /// UDP's, and that of UDP-Lite.
     Udp,
     /// Raw IP, both versions.
@@ -444,7 +446,9 @@ impl<'g> Tables<'g> {
             },
         };
         self.chains(&listeners, &mut found)?;
-        self.bound(&layout, info, &mut found)
+        self.bound(&layout, info, &mut |address| {
+            visit(address, Source::TcpPorts);
+        })
     }
 
     /// What is bound to a port, connected or not.

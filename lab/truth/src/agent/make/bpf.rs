@@ -19,6 +19,7 @@ const MAP_TYPE_ARRAY: u32 = 2;
 const MAP_TYPE_LRU_HASH: u32 = 9;
 const MAP_TYPE_RING_BUFFER: u32 = 27;
 const PROGRAM_TYPE_SOCKET_FILTER: u32 = 1;
+const PROGRAM_TYPE_KPROBE: u32 = 2;
 const PROGRAM_TYPE_CGROUP_SKB: u32 = 8;
 /// `BPF_CGROUP_INET_INGRESS`.
 const ATTACH_INGRESS: u32 = 0;
@@ -69,6 +70,15 @@ pub fn processes(reports: &mut Reports) -> io::Result<()> {
 /// A socket whose packets a program sees, which takes all.
 pub fn filtered_socket(port: u16) -> io::Result<()> {
     filter_socket(port, None)
+}
+
+/// A kprobe at a function that hardly anything calls, which runs a program.
+pub fn probed_function(function: &str) -> io::Result<()> {
+    let program = program("lab_probe", PROGRAM_TYPE_KPROBE, None)?;
+    let event = sys::kprobe_event(function)?;
+    sys::run_at_event(&event, &program)?;
+    forget((event, program));
+    Ok(())
 }
 
 fn filter_socket(port: u16, map: Option<&OwnedFd>) -> io::Result<()> {

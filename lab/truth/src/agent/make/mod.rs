@@ -9,6 +9,7 @@ mod busy;
 mod containers;
 mod files;
 mod identities;
+mod injected;
 mod loads;
 mod mappings;
 mod mounts;

@@ -5,18 +5,22 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::mem::forget;
+use std::net::TcpListener;
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use secmon_truth::Request;
 
-use super::{WORKER, bpf, loads, programs, report, threads};
+use super::{WORKER, bpf, injected, loads, programs, report, threads};
 use crate::agent::memory::{self, PAGE};
 use crate::agent::sys;
 
 /// The user whose processes specimens change.
 const USER: u32 = 4343;
+
+/// The port of the role `listening`.
+const LISTENING: u16 = 5099;
 
 /// How long a program may take to start, emulated on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -224,6 +228,16 @@ fn stand(role: &str) -> io::Result<()> {
             memory::protect(start, PAGE, libc::PROT_READ | libc::PROT_EXEC)
         }
         "changed-code" => memory::change_code(),
+        "injected-code" => injected::code_of_no_file(),
+        "injected-thread" => injected::thread_of_no_library(),
+        "shared-memory" => injected::process_with_our_memory(),
+        "hollowed-image" => injected::without_own_code(),
+        "changed-vdso" => injected::change_vdso(),
+        "container-with-host-root" => injected::container_with_the_hosts_root(),
+        "listening" => {
+            forget(TcpListener::bind(("127.0.0.1", LISTENING))?);
+            Ok(())
+        }
         "traced" => {
             let traced = report::child_that_stands(|| {
                 sys::set_name(b"traced-one");
@@ -269,6 +283,7 @@ fn stand(role: &str) -> io::Result<()> {
             std::env::set_current_dir("/")
         }
         "filter-program" => bpf::filtered_socket(5006),
+        "kprobe-program" => bpf::probed_function("__x64_sys_getpgid"),
         _ => loads::start(role).unwrap_or_else(|| Err(io::Error::other(format!("no role {role}")))),
     }
 }
