@@ -19,6 +19,8 @@ use secmon_profile::Types;
 use crate::open::Opened;
 use crate::rows::{TableRow, read_table};
 
+/// `EXIT_DEAD` (`include/linux/sched.h`).
+const EXIT_DEAD: u32 = 0x10;
 /// The number of getpgid among the system calls of x86-64.
 const GETPGID: u64 = 121;
 /// The same of 32-bit programs.
@@ -67,6 +69,12 @@ impl<'a> Edited<'a> {
             Edit::UnlinkTask => {
                 let task = self.task(pid)?;
                 self.unlink(task, "task_struct", "tasks")
+            }
+            Edit::DisguiseTask => {
+                let task = self.task(pid)?;
+                self.unlink(task, "task_struct", "tasks")?;
+                let offset = self.types()?.member("task_struct", "exit_state")?.offset;
+                self.write(task.wrapping_add(offset), &EXIT_DEAD.to_le_bytes())
             }
             Edit::UnlinkModule => {
                 let module = address(&self.module()?, "address")?;

@@ -94,6 +94,9 @@ pub enum Need {
 pub enum Edit {
     /// A process out of the list of tasks.
     UnlinkTask,
+    /// A process out of the list of tasks, that says of itself that it has
+    /// ended.
+    DisguiseTask,
     /// A module out of the list of modules.
     UnlinkModule,
     /// A module's object out of the set of modules' objects.

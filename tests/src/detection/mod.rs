@@ -480,7 +480,7 @@ fn by_reference() -> Vec<&'static dyn Detector> {
 fn stands_with_others(edit: Edit) -> bool {
     !matches!(
         edit,
-        Edit::UnlinkTask | Edit::UnlinkModule | Edit::ShareCredentials
+        Edit::UnlinkTask | Edit::DisguiseTask | Edit::UnlinkModule | Edit::ShareCredentials
     )
 }
 

@@ -10,6 +10,7 @@ use secmon_guest::linux::views::{View, address_spaces, control_groups, slab, tas
 use secmon_guest::{Guest, TableError};
 use secmon_memory::VirtualAddress;
 
+use super::holders::{self, Holders};
 use super::incomplete;
 use crate::DetectError;
 
@@ -107,6 +108,8 @@ pub(super) struct Gathered {
     pub(super) processors: Processors,
     pub(super) address_spaces: View,
     pub(super) slab: View,
+    /// Open files and directories, and which tasks have them.
+    pub(super) holders: Holders,
     /// Each task that any view has and that can be one.
     pub(super) records: BTreeMap<VirtualAddress, TaskRecord>,
 }
@@ -120,7 +123,10 @@ impl Gathered {
         let processors = run_queues::processors(guest, table, &model)?;
         let task_cache = slab::cache(guest, table, "task_struct_cachep")?;
         let mm_cache = slab::cache(guest, table, "mm_cachep")?;
-        let objects = slab::objects(guest, table, &[task_cache, mm_cache])?;
+        let mut caches = vec![task_cache, mm_cache];
+        caches.extend(holders::caches(guest));
+        let objects = slab::objects(guest, table, &caches)?;
+        let holders = Holders::read(guest, &objects)?;
         let address_spaces = address_spaces::owners(guest, table, objects.of(mm_cache))?;
         let mut gathered = Self {
             model,
@@ -136,6 +142,7 @@ impl Gathered {
                 errors: objects.errors.clone(),
                 ..View::default()
             },
+            holders,
             records: BTreeMap::new(),
         };
         gathered.take_objects(guest, objects.of(task_cache));
@@ -162,6 +169,7 @@ impl Gathered {
             let Ok(record) = self.model.read(guest, *address) else {
                 continue;
             };
+            self.holders.note(&record);
             let lives = record.is_sound(guest)
                 && !record.is_ended()
                 && self.model.has_process(guest, &record) == Ok(true);
@@ -186,6 +194,7 @@ impl Gathered {
             if let Ok(record) = self.model.read(guest, address)
                 && record.is_sound(guest)
             {
+                self.holders.note(&record);
                 self.records.insert(address, record);
                 new.push(address);
             }

@@ -3,6 +3,7 @@
 
 mod evidence;
 mod gathered;
+mod holders;
 mod judge;
 
 use secmon_guest::Guest;
@@ -27,7 +28,8 @@ impl Detector for Processes {
 
     fn meaning(&self) -> &'static str {
         "Processes and threads that live but are missing from a place where the kernel keeps every \
-         one of them, and tasks that name another id than the kernel gave them."
+         one of them, tasks that name another id than the kernel gave them, and open files and \
+         directories in use whose owner says that it has ended, or is nowhere."
     }
 
     fn compares(&self) -> &'static str {
@@ -35,14 +37,15 @@ impl Detector for Processes {
          children of each task and the members of all control groups with each other, with what \
          the CPUs run and have queued (current, fair, real-time and deadline queues), with the \
          owners of all address spaces, and with all task_struct objects in memory, allocated or \
-         not."
+         not; all tables of open files and sockets, and all roots and directories on mounts, that \
+         are in use with the tasks that have them."
     }
 
     fn evaded_by(&self) -> &'static str {
         "Code that runs without a task of its own (in an interrupt, a timer, another process's \
-         thread). A sleeping task whose task_struct says that it has ended or is not yet made, and \
-         is put right only while it runs between two looks. A task_struct outside of the kernel's \
-         cache for such. Whoever takes a process out of control groups and children alone, without \
+         thread). A sleeping task whose task_struct says that it has ended or is not yet made, is put \
+         right only while it runs between two looks, and has neither open files nor directories of \
+         its own. A task_struct outside of the kernel's cache for such, likewise. Whoever takes a process out of control groups and children alone, without \
          hiding it from ps, is reported as a suspicion only."
     }
 
@@ -65,6 +68,7 @@ impl Detector for Processes {
                 findings(evidence::finding(guest, &gathered, missing, index));
             }
         }
+        holders::look(guest, &gathered, findings)?;
         gathered.incomplete().map_or(Ok(()), Err)
     }
 }

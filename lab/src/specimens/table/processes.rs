@@ -1,6 +1,6 @@
 //! Tasks that are kept out of where all of them are.
 
-use super::rows::{ORDINARY, edit, found, loaded, module};
+use super::rows::{ORDINARY, edit, edit_of_all, found, loaded, module};
 use crate::specimens::{Edit, Need, Shown, Specimen};
 
 /// The specimens.
@@ -44,5 +44,12 @@ pub(super) const ALL: &[Specimen] = &[
         "takes a process out of the list of tasks",
         Edit::UnlinkTask,
         found("processes", "hidden_process"),
+    ),
+    edit_of_all(
+        "process-disguised",
+        "T1014",
+        "takes a process out of the list of tasks and has it say that it has ended",
+        Edit::DisguiseTask,
+        found("processes", "disguised_process"),
     ),
 ];

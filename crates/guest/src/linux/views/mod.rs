@@ -8,6 +8,7 @@
 
 pub mod address_spaces;
 pub mod control_groups;
+pub mod holdings;
 pub mod pid_table;
 pub mod run_queues;
 pub mod slab;

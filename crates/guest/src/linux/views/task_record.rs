@@ -38,6 +38,8 @@ layout! {
         group_leader: "group_leader",
         real_parent: "real_parent",
         thread_pid: "thread_pid",
+        files: "files",
+        fs: "fs",
         stack: "stack",
         start_boottime: "start_boottime" | "real_start_time",
         tasks: "tasks",
@@ -89,6 +91,8 @@ impl Layout for TaskRecordModel {
             &layout.group_leader,
             &layout.real_parent,
             &layout.thread_pid,
+            &layout.files,
+            &layout.fs,
             &layout.stack,
             &layout.start_boottime,
         ];
@@ -140,6 +144,8 @@ impl TaskRecordModel {
             group_leader: pointer(&layout.group_leader),
             real_parent: pointer(&layout.real_parent),
             thread_pid: pointer(&layout.thread_pid),
+            files: pointer(&layout.files),
+            fs: pointer(&layout.fs),
             stack: pointer(&layout.stack),
             cgroups: layout.cgroups.as_ref().map(pointer),
             started: number(&layout.start_boottime),
@@ -216,6 +222,10 @@ pub struct TaskRecord {
     pub real_parent: VirtualAddress,
     /// Its `struct pid`.
     pub thread_pid: VirtualAddress,
+    /// Its table of open files (`files_struct`); null once it gave that up.
+    pub files: VirtualAddress,
+    /// Its root and current directory (`fs_struct`); null likewise.
+    pub fs: VirtualAddress,
     /// The lowest address of its kernel stack.
     pub stack: VirtualAddress,
     /// Its `css_set`, where the kernel has such.
