@@ -93,11 +93,11 @@ mod tests {
 
         let mut switching = both();
         assert_eq!(settle(&mut switching, &both(), true), 1);
-        assert_eq!(switching.differences, [code.clone()]);
+        assert_eq!(switching.differences, std::slice::from_ref(&code));
 
         let mut switched = both();
         assert_eq!(settle(&mut switched, &comparison(Vec::new()), false), 0);
-        assert_eq!(switched.differences, [code.clone()]);
+        assert_eq!(switched.differences, std::slice::from_ref(&code));
 
         let mut stays = both();
         assert_eq!(settle(&mut stays, &both(), false), 0);
