@@ -14,6 +14,8 @@ use crate::gate::GateArguments;
 use crate::location::Location;
 use crate::monitor::arguments::MonitorCommand;
 use crate::respond::RespondArguments;
+#[cfg(feature = "verify")]
+use crate::verify::arguments::VerifyCommand;
 #[cfg(feature = "watch")]
 use crate::watch::arguments::{FindingsArguments, WatchArguments};
 
@@ -314,6 +316,14 @@ pub enum BuiltIn {
     /// The monitoring VM: start it beside targets, ask it, end it
     #[command(subcommand)]
     Monitor(MonitorCommand),
+
+    /// Whether evidence of a monitoring VM is to be trusted
+    ///
+    /// Made for another machine than the monitor's: it asks nobody, and judges
+    /// what it is given.
+    #[cfg(feature = "verify")]
+    #[command(subcommand, after_long_help = crate::verify::arguments::EXAMPLES)]
+    Verify(VerifyCommand),
 
     /// Write the kernel's symbols and types as an ISF file, for volatility3
     ///

@@ -31,6 +31,8 @@ mod report;
 mod respond;
 mod session;
 mod targets;
+#[cfg(feature = "verify")]
+mod verify;
 #[cfg(feature = "watch")]
 mod watch;
 
@@ -105,6 +107,12 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
             _ => {}
         }
     }
+    #[cfg(feature = "verify")]
+    if let Action::BuiltIn(command) = &action
+        && let BuiltIn::Verify(command) = &**command
+    {
+        return verify::verify(command, common.format);
+    }
     let of_monitor = common.target.as_deref().and_then(monitor::address);
     let action = match of_monitor {
         Some(address) => match monitor::remote::run(&address?, common, action, reporter)? {
@@ -139,6 +147,8 @@ fn run(common: &Common, action: Action, reporter: Reporter) -> Result<ExitCode> 
         // Done before a target was opened.
         #[cfg(feature = "watch")]
         BuiltIn::Watch(_) | BuiltIn::Findings(_) | BuiltIn::Guard(_) => Ok(()),
+        #[cfg(feature = "verify")]
+        BuiltIn::Verify(_) => Ok(()),
         BuiltIn::Targets => targets::targets(format, reporter),
         BuiltIn::Tables { table } => documents::tables(table.as_deref(), format),
         BuiltIn::Completions { shell } => documents::completions(shell),

@@ -105,6 +105,55 @@ pub struct BuildArguments {
     /// The static program to put in; without it this program, if it is static
     #[arg(long, value_name = "FILE")]
     pub binary: Option<PathBuf>,
+
+    #[cfg(feature = "verify")]
+    #[command(flatten)]
+    pub confidential: ConfidentialLaunch,
+}
+
+/// What a confidential VM is launched from beside the image.
+#[cfg(feature = "verify")]
+#[derive(Args, Clone, Debug)]
+pub struct ConfidentialLaunch {
+    /// Compute the launch measurement of a confidential VM with this image
+    ///
+    /// The value that `secmon verify snp --measurement` takes. The same
+    /// firmware, number and model of processors must be given to `up`.
+    #[arg(long, value_name = "KIND", value_enum, requires = "ovmf")]
+    pub confidential: Option<ConfidentialKind>,
+
+    /// Its virtual processors
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "confidential")]
+    pub vcpus: u32,
+
+    /// Their model, as QEMU's -cpu names it: EPYC, EPYC-Rome, EPYC-Milan, EPYC-Genoa, EPYC-Turin
+    #[arg(
+        long,
+        value_name = "MODEL",
+        default_value = "EPYC-Milan",
+        requires = "confidential"
+    )]
+    pub vcpu_type: String,
+
+    /// Its firmware: an OVMF with a place for a kernel's hashes (OvmfPkg/AmdSev)
+    #[arg(long, value_name = "FILE", requires = "confidential")]
+    pub ovmf: Option<PathBuf>,
+
+    /// The SEV features that the host's kernel switches on for guests
+    #[arg(
+        long,
+        value_name = "NUMBER",
+        default_value_t = 1,
+        requires = "confidential"
+    )]
+    pub sev_features: u64,
+}
+
+/// How a monitoring VM is closed to its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConfidentialKind {
+    /// AMD SEV-SNP
+    Snp,
 }
 
 /// Arguments of `secmon monitor up`.

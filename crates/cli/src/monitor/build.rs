@@ -16,6 +16,7 @@ pub fn build(arguments: &BuildArguments) -> Result<()> {
         modules,
         kernel_package,
         binary,
+        ..
     } = arguments;
     let kernel = match (kernel, modules, kernel_package) {
         (Some(image), Some(modules), _) => KernelSource::Files {
@@ -29,6 +30,9 @@ pub fn build(arguments: &BuildArguments) -> Result<()> {
         Some(binary) => binary.clone(),
         None => std::env::current_exe().context("finding this program's own file")?,
     };
+    // Before minutes of work.
+    #[cfg(feature = "verify")]
+    let confidential = super::confidential::Launch::of(&arguments.confidential)?;
     let image = appliance::build(&kernel, &binary, output)?;
     let mut out = listing::stdout()?;
     writeln!(out, "image    {}", image.folder.display())?;
@@ -36,6 +40,10 @@ pub fn build(arguments: &BuildArguments) -> Result<()> {
     writeln!(out, "modules  {}", image.manifest.modules.join(" "))?;
     writeln!(out, "size     {} KiB", image.bytes() >> 10)?;
     writeln!(out, "digest   sha256:{}", image.digest)?;
+    #[cfg(feature = "verify")]
+    if let Some(launch) = confidential {
+        writeln!(out, "launch   {}", launch.measurement(&image)?)?;
+    }
     out.flush()?;
     Ok(())
 }

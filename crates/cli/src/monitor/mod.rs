@@ -3,6 +3,8 @@
 pub mod arguments;
 mod attach;
 mod build;
+#[cfg(feature = "verify")]
+mod confidential;
 mod libvirt;
 pub mod remote;
 mod status;
@@ -210,8 +212,13 @@ fn boot(arguments: &UpArguments) -> Result<Boot> {
     Ok(Boot {
         kernel: image.kernel(),
         initramfs: image.initramfs(),
-        arguments: format!("{} {KERNEL_ARGUMENT}", image.manifest.kernel_arguments),
+        arguments: kernel_arguments(&image),
     })
+}
+
+/// What the kernel of a monitoring VM with this image is told.
+fn kernel_arguments(image: &Image) -> String {
+    format!("{} {KERNEL_ARGUMENT}", image.manifest.kernel_arguments)
 }
 
 fn canonical(path: &Path) -> Result<PathBuf> {
