@@ -7,6 +7,7 @@
 //! ever changing its code again, and the detector tells that it can't look.
 
 use secmon_guest::Guest;
+use secmon_memory::VirtualAddress;
 use secmon_reference::{Comparison, Difference, DifferenceKind};
 
 /// What the kernel holds while it changes places of these kinds.
@@ -37,6 +38,20 @@ pub(super) fn changes_its_text(guest: &Guest) -> bool {
                 .is_ok_and(|owner| owner & !FLAGS != 0)
         })
     })
+}
+
+/// Calls what differs in a static call's trampoline so: halfway through its
+/// change it is neither call nor jump, and nothing that explains itself.
+pub(super) fn name_trampolines(guest: &Guest, comparison: &mut Comparison) {
+    for difference in &mut comparison.differences {
+        let address = VirtualAddress::new(difference.address);
+        let symbol = guest.symbols().nearest(address);
+        if difference.kind == DifferenceKind::Unexplained
+            && symbol.is_some_and(|(symbol, _)| symbol.name.starts_with("__SCT__"))
+        {
+            difference.kind = DifferenceKind::StaticCall;
+        }
+    }
 }
 
 /// Whether what should be there follows from records that a running kernel
