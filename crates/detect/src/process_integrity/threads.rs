@@ -177,6 +177,7 @@ mod tests {
     fn code_that_is_made_as_it_runs_is_left_alone() {
         let call = Thread {
             system_call: Some(0),
+            local: 0x7f30_0000_0000,
             ..thread(7, FILE)
         };
         let other = Thread {
