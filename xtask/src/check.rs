@@ -51,7 +51,7 @@ pub fn run_all() -> Result<()> {
 
 /// Holds what the tests were built from to the limits of the benchmarks. A
 /// release build would take longer than all of them; what it publishes comes
-/// from [`bench`].
+/// from [`bench()`].
 fn check_limits() -> Result<()> {
     // Of the whole workspace, as the tests: of a package alone the dependencies
     // would be built anew, with fewer features. With the benchmarks cargo
