@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::atomic::AtomicU32;
 
 /// A system call's answer as a result.
 pub fn check(value: libc::c_int) -> io::Result<libc::c_int> {
@@ -750,4 +751,27 @@ pub fn send_descriptor(socket: &impl AsRawFd, sent: &impl AsRawFd) -> io::Result
 pub fn lock_file(file: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: no memory is involved.
     check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }).map(drop)
+}
+
+/// Waits, in memory that processes may share, until a word is not `value` and
+/// [`wake`] was called, or a signal came.
+pub fn wait_while(word: &AtomicU32, value: u32) {
+    // SAFETY: the word outlives the call; there is no time limit.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT,
+            value,
+            std::ptr::null::<libc::timespec>(),
+        );
+    }
+}
+
+/// Wakes all that [`wait_while`] waits for this word.
+pub fn wake(word: &AtomicU32) {
+    // SAFETY: the word outlives the call.
+    unsafe {
+        libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX);
+    }
 }

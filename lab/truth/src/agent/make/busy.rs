@@ -66,7 +66,8 @@ fn keep_busy(
     let mut round = 0;
     loop {
         if shared.busy.load(Ordering::SeqCst) == 0 {
-            thread::sleep(Duration::from_millis(20));
+            // Not by looking now and then: who rests has to be seen asleep.
+            sys::wait_while(&shared.busy, 0);
             continue;
         }
         shared.busy_resting.fetch_sub(1, Ordering::SeqCst);

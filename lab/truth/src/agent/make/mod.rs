@@ -60,6 +60,7 @@ impl Made {
     /// Starts the busy mode.
     pub fn resume_busy(&self) -> io::Result<()> {
         self.shared.busy.store(1, Ordering::SeqCst);
+        sys::wake(&self.shared.busy);
         until("the busy mode to start", || {
             self.shared.busy_resting.load(Ordering::SeqCst) == 0
         })
