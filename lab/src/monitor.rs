@@ -264,6 +264,14 @@ impl MonitorVm {
             .with_context(|| format!("the monitor's console:\n{}", self.console()))
     }
 
+    /// What the monitor was told, byte by byte.
+    ///
+    /// # Errors
+    /// If the file can't be read.
+    pub fn configuration(&self) -> Result<Vec<u8>> {
+        Ok(fs::read(self.folder.path().join("configuration.json"))?)
+    }
+
     /// The process id of its QEMU.
     #[must_use]
     pub fn pid(&self) -> u32 {

@@ -114,3 +114,16 @@ pub fn detection(checks: u32, minutes: Option<u64>, arguments: &[String]) -> Res
     docs::run(false)?;
     measured
 }
+
+/// Attacks a monitoring VM after so many rounds of a clean one, and writes the
+/// table of `SECURITY.md`.
+///
+/// # Errors
+/// If an attack has another outcome than it must have, or something is found
+/// in a clean monitor.
+pub fn lifetime(rounds: u32) -> Result<()> {
+    prerequisites::for_guests()?;
+    run(cargo()
+        .args(["run", "--release", "--package", "secmon-lifetime", "--"])
+        .arg(rounds.to_string()))
+}

@@ -54,6 +54,12 @@ enum Task {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Attack a monitoring VM, and write the table of SECURITY.md
+    Lifetime {
+        /// Rounds of a clean monitor before the attacks
+        #[arg(long, default_value_t = 1000)]
+        rounds: u32,
+    },
     /// Compare with volatility3, drgn and memflow on one image, and write docs/peers.md
     Peers,
     /// Build the static program of the monitoring VM and, with it, the VM's image
@@ -85,6 +91,7 @@ fn main() -> Result<()> {
             minutes,
             arguments,
         } => check::detection(checks, minutes, &arguments),
+        Task::Lifetime { rounds } => check::lifetime(rounds),
         Task::Peers => peers::compare(),
         Task::Appliance { output, arguments } => appliance::build(&output, &arguments),
         Task::Docs { check } => docs::run(check),
