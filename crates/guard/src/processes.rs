@@ -316,17 +316,28 @@ impl Processes {
         if area.is_none_or(|area| area.flags & VM_WRITE != 0) {
             return;
         }
-        let mut found = expected.bytes.clone();
-        if memory
-            .space()
-            .read(VirtualAddress::new(start), &mut found)
-            .is_err()
-        {
-            // A page that nothing was relocated in may never have been touched.
-            return;
-        }
         let address = mm.address.as_u64();
         let known = self.relocated.get(&address);
+        let known = known.filter(|(of, bytes)| *of == base && bytes.len() == expected.bytes.len());
+        // A page that was never touched is not there; with nothing relocated in
+        // it, it would be as the file has it.
+        let mut found = known.map_or(&expected.bytes, |(_, known)| known).clone();
+        let mut at = start;
+        let mut rest = found.as_mut_slice();
+        while !rest.is_empty() {
+            let left = usize::try_from(PAGE_SIZE - at % PAGE_SIZE).unwrap_or(PAGE);
+            let (piece, others) = rest.split_at_mut(left.min(rest.len()));
+            let mut now = vec![0; piece.len()];
+            if memory
+                .space()
+                .read(VirtualAddress::new(at), &mut now)
+                .is_ok()
+            {
+                piece.copy_from_slice(&now);
+            }
+            at = at.wrapping_add(piece.len() as u64);
+            rest = others;
+        }
         let Some((_, known)) = known.filter(|(of, _)| *of == base) else {
             let text: Vec<Range<u64>> = look.reference.program.text().collect();
             for at in &expected.free {

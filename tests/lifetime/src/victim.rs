@@ -158,7 +158,8 @@ impl Victim {
         let words = (relocated.start..relocated.end).step_by(8);
         let word = words
             .map(VirtualAddress::new)
-            .find(|word| memory.space().read_u64(*word).is_ok_and(|word| word != 0));
+            .filter(|word| memory.space().read_u64(*word).is_ok_and(|word| word != 0))
+            .last();
         self.flip_in(memory.space(), word.context("a word")?, 1)
     }
 
