@@ -7,6 +7,7 @@
 mod host;
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Instant;
 
@@ -19,9 +20,22 @@ use secmon_lab::{Backing, Emulator, Guest, QmpAccess, Suite};
 use secmon_platform::qemu::QmpClient;
 use serde_json::Value;
 
+/// The inode of the target's RAM: a monitoring VM's own has the same name, if
+/// both are memfds.
+fn inode(guest: &Guest, ram: &str) -> u64 {
+    let files = fs::read_dir(format!("/proc/{}/fd", guest.pid())).expect("its files");
+    let file = files
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| fs::read_link(path).is_ok_and(|file| file == Path::new(ram)));
+    let file = fs::metadata(file.expect("the target has its RAM open"));
+    file.expect("its inode").ino()
+}
+
 /// Nothing but reading: the target's file is open for reading and mapped so,
 /// and QEMU has neither root nor the way back to it.
-fn assert_confined(pid: u64, ram: &str) {
+fn assert_confined(pid: u64, ram: &str, guest: &Guest) {
+    let inode = inode(guest, ram);
     let mut open = 0;
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))
         .expect("its files")
@@ -30,7 +44,8 @@ fn assert_confined(pid: u64, ram: &str) {
         let Ok(target) = fs::read_link(entry.path()) else {
             continue;
         };
-        if target != Path::new(ram) {
+        let of_target = fs::metadata(entry.path()).is_ok_and(|file| file.ino() == inode);
+        if target != Path::new(ram) || !of_target {
             continue;
         }
         let number = entry.file_name().into_string().expect("a number");
@@ -44,7 +59,12 @@ fn assert_confined(pid: u64, ram: &str) {
     }
     assert!(open > 0, "{ram} is open");
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("its maps");
-    let mapped: Vec<&str> = maps.lines().filter(|line| line.ends_with(ram)).collect();
+    let mapped: Vec<&str> = maps
+        .lines()
+        .filter(|line| {
+            line.ends_with(ram) && line.split_whitespace().nth(4) == Some(&inode.to_string())
+        })
+        .collect();
     assert!(!mapped.is_empty());
     for line in mapped {
         assert!(line.contains(" r--s "), "{line}");
@@ -108,7 +128,7 @@ fn a_monitor_comes_up_survives_and_goes() {
         .expect("a file")
         .to_owned();
     assert_eq!(fs::metadata(&ram).expect("the file").len(), 512 << 20);
-    assert_confined(machine, &ram);
+    assert_confined(machine, &ram, &guest);
     assert_runs(&guest);
 
     // Its gate: nothing is granted but to observe.
@@ -173,7 +193,7 @@ fn a_monitor_comes_up_survives_and_goes() {
         host.wait("the target again", |host| host.target() == "watched");
         assert_eq!(host.gate(), gate, "the gate goes on");
         assert_eq!(host.pid("machine"), machine, "the VM goes on");
-        assert_confined(machine.expect("a VM"), &ram);
+        assert_confined(machine.expect("a VM"), &ram, &guest);
         assert_runs(&guest);
     }
 
@@ -285,7 +305,7 @@ fn qemu_10_takes_the_same() {
     let state = host.json("state.json");
     let file = state["targets"][0][1]["file"].as_str().expect("a file");
     assert!(file.starts_with("/memfd:"), "{state}");
-    assert_confined(host.pid("machine").expect("a VM"), file);
+    assert_confined(host.pid("machine").expect("a VM"), file, &guest);
     assert_runs(&guest);
 
     // What is granted is done, and undone.
