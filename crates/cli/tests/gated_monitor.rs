@@ -95,6 +95,12 @@ fn pause_through_the_gate(emulator: Emulator, name: &str) {
     assert_eq!(init.map(|row| &row["pid"]), Some(&Value::from(1)), "{rows}");
     assert_runs(&guest);
     if emulator == Emulator::Installed {
+        // Nobody has touched it, and its guard says so.
+        let rounds = ["--rounds", "3", "--deadline", "60000", "--format", "json"];
+        let mut guard = vec!["guard", "--monitor", "m"];
+        guard.extend(rounds);
+        let said = succeeded(&host.secmon(&guard));
+        assert!(said.contains("\"findings\":0"), "{said}");
         // Migrated away, which fails at the other end.
         let to = json!({"uri": "exec:cat > /dev/null"});
         let asked = guest.control().execute("migrate", &to);

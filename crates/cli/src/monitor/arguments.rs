@@ -117,8 +117,8 @@ pub struct BuildArguments {
 pub struct ConfidentialLaunch {
     /// Compute the launch measurement of a confidential VM with this image
     ///
-    /// The value that `secmon verify snp --measurement` takes. The same
-    /// firmware, number and model of processors must be given to `up`.
+    /// The value that `secmon verify snp --measurement` takes, for a VM started
+    /// with the same firmware, number and model of processors.
     #[arg(long, value_name = "KIND", value_enum, requires = "ovmf")]
     pub confidential: Option<ConfidentialKind>,
 
