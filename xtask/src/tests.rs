@@ -5,21 +5,26 @@
 //! says which there are.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
-use std::process::Command;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::run::{cargo, run};
+use crate::run::{cargo, run, target_folder};
 
 /// Programs that run at once: each has a guest or two, and threads of its own.
 const AT_ONCE: usize = 2;
 
 /// Programs that hold something to a time, and so run when no other does.
 const ALONE: [&str; 4] = ["bit_flips", "gate", "kills", "monitor"];
+
+/// How long one program may take: several times what the longest does on two
+/// processors.
+const PATIENCE: Duration = Duration::from_secs(15 * 60);
 
 /// What cargo says of something that it built.
 #[derive(Deserialize)]
@@ -66,8 +71,10 @@ pub fn run_all() -> Result<()> {
     let count = programs.len();
     let (alone, together): (Vec<Program>, Vec<Program>) =
         programs.into_iter().partition(Program::runs_alone);
-    let mut failed = run_some(together, AT_ONCE);
-    failed.extend(run_some(alone, 1));
+    let folder = target_folder()?.join("tests");
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let mut failed = run_some(together, AT_ONCE, &folder);
+    failed.extend(run_some(alone, 1, &folder));
     let documentation = run(cargo().args(["test", "--workspace", "--doc", "--no-fail-fast"]));
     if !failed.is_empty() {
         let number = failed.len();
@@ -79,8 +86,9 @@ pub fn run_all() -> Result<()> {
     documentation
 }
 
-/// Runs programs, so many at once, and says which failed.
-fn run_some(programs: Vec<Program>, at_once: usize) -> Vec<String> {
+/// Runs programs, so many at once, and says which failed. What they say is
+/// kept in `folder`.
+fn run_some(programs: Vec<Program>, at_once: usize, folder: &Path) -> Vec<String> {
     let queue = Mutex::new(VecDeque::from(programs));
     let failed = Mutex::new(Vec::new());
     let next = || {
@@ -91,7 +99,7 @@ fn run_some(programs: Vec<Program>, at_once: usize) -> Vec<String> {
         for _ in 0..at_once {
             scope.spawn(|| {
                 while let Some(program) = next() {
-                    if let Err(error) = program.run() {
+                    if let Err(error) = program.run(folder) {
                         println!("{error:#}");
                         let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
                         failed.push(program.path.display().to_string());
@@ -141,26 +149,63 @@ impl Program {
 
     /// Runs it and then prints what it said, so that programs do not speak at
     /// the same time.
-    fn run(&self) -> Result<()> {
+    ///
+    /// It speaks into a file and not into a pipe: whatever it leaves running
+    /// would keep a pipe open, and reading that would never end.
+    fn run(&self, folder: &Path) -> Result<()> {
         let start = Instant::now();
         let name = match self.folder.file_name() {
             Some(package) => format!("{}/{}", package.to_string_lossy(), self.name),
             None => self.name.clone(),
         };
-        let output = Command::new(&self.path)
+        let mut said = folder.join(self.path.file_name().unwrap_or_default());
+        said.set_extension("txt");
+        let output = File::create(&said).with_context(|| said.display().to_string())?;
+        let mut child = Command::new(&self.path)
             .current_dir(&self.folder)
             .env("CARGO_MANIFEST_DIR", &self.folder)
-            .output()
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .spawn()
             .with_context(|| format!("starting {}", self.path.display()))?;
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said);
+        let ended = wait(&mut child, PATIENCE)?;
         let seconds = start.elapsed().as_secs_f32();
-        if output.status.success() {
-            println!("-- {name}: {seconds:.1} s\n{}", last_line(&said));
-            return Ok(());
+        let said = fs::read(&said).with_context(|| said.display().to_string())?;
+        let said = String::from_utf8_lossy(&said);
+        match ended {
+            Some(status) if status.success() => {
+                println!("-- {name}: {seconds:.1} s\n{}", last_line(&said));
+                Ok(())
+            }
+            Some(status) => {
+                println!("-- {name}: {seconds:.1} s\n{said}");
+                bail!("{}: {status}", self.path.display())
+            }
+            None => {
+                println!("-- {name}: {seconds:.1} s\n{said}");
+                bail!("{}: not done after {seconds:.0} s", self.path.display())
+            }
         }
-        println!("-- {name}: {seconds:.1} s\n{said}");
-        bail!("{}: {}", self.path.display(), output.status)
+    }
+}
+
+/// Waits for a program to end, no longer than `patience`: then it says what
+/// runs on the machine, ends the program and returns nothing.
+fn wait(child: &mut Child, patience: Duration) -> Result<Option<ExitStatus>> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if start.elapsed() > patience {
+            // What it waits for is among these.
+            let _ =
+                run(Command::new("ps").args(["-eLo", "pid,ppid,lwp,etimes,stat,wchan:24,args"]));
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
