@@ -24,10 +24,15 @@ static void put_cr4(unsigned long value)
 
 static struct task_struct *clearing;
 
-static int clear(void *unused)
+static void clear(void *unused)
+{
+	put_cr4(get_cr4() & ~X86_CR4_SMEP);
+}
+
+static int keep_clear(void *unused)
 {
 	while (!kthread_should_stop()) {
-		put_cr4(get_cr4() & ~X86_CR4_SMEP);
+		clear(NULL);
 		usleep_range(1000, 1001);
 	}
 	return 0;
@@ -41,12 +46,14 @@ static int __init start(void)
 		return error;
 	if (!(get_cr4() & X86_CR4_SMEP))
 		return -ENODEV;
-	clearing = kthread_create(clear, NULL, "clearing");
+	clearing = kthread_create(keep_clear, NULL, "clearing");
 	if (IS_ERR(clearing))
 		return PTR_ERR(clearing);
 	/* Where it is put back when the module goes: one processor. */
 	kthread_bind(clearing, 0);
 	wake_up_process(clearing);
+	/* The thread may first run long after this module has been loaded. */
+	smp_call_function_single(0, clear, NULL, 1);
 	return 0;
 }
 

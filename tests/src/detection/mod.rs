@@ -261,9 +261,7 @@ impl Bench<'_> {
         active.check_shown(true)?;
         let looking = self.looking(specimen);
         if specimen.expected.detector == "registers" {
-            // They are those of the moment when a guest is opened, and bare
-            // memory has none.
-            let report = check(&self.open_anew()?.guest(), &looking);
+            let report = self.check_registers(specimen, &looking)?;
             self.judge(specimen, &report, false);
         } else if !looking.is_empty() {
             let report = check(&places.live.guest(), &looking);
@@ -312,6 +310,28 @@ impl Bench<'_> {
             self.complain(&format!("too few findings: {everywhere:?}"));
         }
         self.measured.everywhere.push(everywhere);
+    }
+
+    /// A check of registers: they are those of the moment when a guest is
+    /// opened, and bare memory has none. In between the kernel may have written
+    /// one as it should be, so that one look in a few must see it.
+    fn check_registers(
+        &self,
+        specimen: &Specimen,
+        looking: &[&'static dyn Detector],
+    ) -> Result<Report> {
+        const LOOKS: u32 = 5;
+        let mut look = 1;
+        loop {
+            let report = check(&self.open_anew()?.guest(), looking);
+            let mut findings = report.findings.iter();
+            let seen = findings.any(|finding| Some(finding.name) == specimen.expected.finding);
+            if seen || look == LOOKS {
+                return Ok(report);
+            }
+            println!("{}: not in look {look}", specimen.name);
+            look += 1;
+        }
     }
 
     fn open_anew(&self) -> Result<Opened> {
