@@ -1,57 +1,31 @@
 // SPDX-License-Identifier: GPL-2.0-only OR MIT
 /* Leads the branch to getpgid, in the code that dispatches system calls of
  * 32-bit programs, to a function that calls it. */
-#include "specimen.h"
-
-struct pt_regs;
+#include "dispatch.h"
 
 SPECIMEN_ADDRESS(ia32_sys_call);
 SPECIMEN_ADDRESS(__ia32_sys_getpgid);
 
-/* More than the whole function has. */
-#define SEARCHED 0x8000
-
-static unsigned long branch;
-static s32 before;
-
-static long instead(const struct pt_regs *registers)
+static unsigned long dispatcher(void)
 {
-	long (*original)(const struct pt_regs *) =
-		(void *)__ia32_sys_getpgid_address;
+	return ia32_sys_call_address;
+}
 
-	return original(registers);
+static unsigned long entry(void)
+{
+	return __ia32_sys_getpgid_address;
 }
 
 static int __init start(void)
 {
 	int error = specimen_in_lab();
-	unsigned long at;
-	s32 distance;
 
-	if (error)
-		return error;
-	if (!ia32_sys_call_address || !__ia32_sys_getpgid_address)
-		return -EINVAL;
-	for (at = ia32_sys_call_address; at < ia32_sys_call_address + SEARCHED;
-	     at++) {
-		u8 code = *(u8 *)at;
-
-		/* call, jmp and, after its 0x0f, any conditional jump. */
-		if (code != 0xe8 && code != 0xe9 && (code & 0xf0) != 0x80)
-			continue;
-		before = *(s32 *)(at + 1);
-		if (at + 5 + before != __ia32_sys_getpgid_address)
-			continue;
-		branch = at + 1;
-		distance = (long)instead - (long)(at + 5);
-		return specimen_write(branch, &distance, sizeof(distance));
-	}
-	return -ENOENT;
+	return error ? error : start_dispatch();
 }
 
 static void __exit end(void)
 {
-	specimen_write(branch, &before, sizeof(before));
+	end_dispatch();
 }
 
 module_init(start);

@@ -446,15 +446,29 @@ pub fn perf_event() -> io::Result<OwnedFd> {
     // struct perf_event_attr: type 1 (software), size, config 1 (task clock).
     let mut attribute = [0u8; 128];
     attribute[0] = 1;
-    attribute[4] = 128;
     attribute[8] = 1;
-    // SAFETY: an attribute of the size that it states.
+    // SAFETY: there is no pointer in it.
+    unsafe { open_event(&mut attribute, 0, -1) }
+}
+
+/// `perf_event_open(2)` with a `struct perf_event_attr`.
+///
+/// # Safety
+/// Pointers in the attribute must be valid until it comes back.
+unsafe fn open_event(
+    attribute: &mut [u8; 128],
+    pid: libc::pid_t,
+    processor: libc::c_int,
+) -> io::Result<OwnedFd> {
+    // The size that it states.
+    attribute[4] = 128;
+    // SAFETY: an attribute of that size; its pointers are the caller's matter.
     own(unsafe {
         libc::syscall(
             libc::SYS_perf_event_open,
             attribute.as_mut_ptr(),
-            0,
-            -1,
+            pid,
+            processor,
             -1,
             0,
         )
@@ -469,20 +483,9 @@ pub fn kprobe_event(function: &str) -> io::Result<OwnedFd> {
     // struct perf_event_attr: type, size, and the function's name in config1.
     let mut attribute = [0u8; 128];
     attribute[..4].copy_from_slice(&kind.to_ne_bytes());
-    attribute[4] = 128;
     attribute[56..64].copy_from_slice(&(function.as_ptr() as u64).to_ne_bytes());
-    // SAFETY: an attribute of the size that it states, with a string that
-    // outlives the call.
-    own(unsafe {
-        libc::syscall(
-            libc::SYS_perf_event_open,
-            attribute.as_mut_ptr(),
-            -1,
-            0,
-            -1,
-            0,
-        )
-    } as libc::c_int)
+    // SAFETY: the string outlives the call.
+    unsafe { open_event(&mut attribute, -1, 0) }
 }
 
 /// Has a BPF program run at an event.
