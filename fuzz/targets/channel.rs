@@ -9,11 +9,17 @@ use std::time::Instant;
 use libfuzzer_sys::fuzz_target;
 use secmon_channel::{KeyPair, Peer, Role, Session, Stream, decode, encode, handshake};
 
-const ROLE: Role = Role { name: "fuzz", version: 1 };
+const ROLE: Role = Role {
+    name: "fuzz",
+    version: 1,
+};
 
 static KEYS: LazyLock<(KeyPair, [Peer; 1])> = LazyLock::new(|| {
     let keys = KeyPair::generate().expect("random numbers");
-    let peers = [Peer { name: "peer".to_owned(), key: keys.public() }];
+    let peers = [Peer {
+        name: "peer".to_owned(),
+        key: keys.public(),
+    }];
     (keys, peers)
 });
 
@@ -40,7 +46,10 @@ enum Message {
     Unit,
     Number(u64, i128),
     Text(String),
-    Rows { id: u32, cells: Vec<Vec<Option<String>>> },
+    Rows {
+        id: u32,
+        cells: Vec<Vec<Option<String>>>,
+    },
 }
 
 fuzz_target!(|data: &[u8]| {

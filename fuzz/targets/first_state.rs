@@ -26,6 +26,9 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     };
     let boot = BootId::of(&[1]);
-    assert_eq!(FirstState::decode(&state.encode(boot), boot), Ok(state.clone()));
+    assert_eq!(
+        FirstState::decode(&state.encode(boot), boot),
+        Ok(state.clone())
+    );
     let _ = Expected::of_first_state(state, kernel).compare(kernel);
 });

@@ -17,7 +17,9 @@ fuzz_target!(|data: &[u8]| {
         return;
     }
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    let Ok(image) = image::open(&path, &ImageOptions::default()) else { return };
+    let Ok(image) = image::open(&path, &ImageOptions::default()) else {
+        return;
+    };
     let mut page = [0; 4096];
     for region in image.memory.regions().iter().take(16) {
         let _ = image.memory.read(region.start, &mut page);

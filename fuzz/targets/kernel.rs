@@ -9,9 +9,7 @@
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use secmon_memory::{
-    MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility,
-};
+use secmon_memory::{MemoryRegion, PhysicalAddress, PhysicalMemory, PhysicalReadError, Volatility};
 use secmon_profile::{Cache, FindOptions, Search, find};
 
 const SIZE: usize = 24 << 20;
@@ -50,7 +48,11 @@ fuzz_target!(|input: &[u8]| {
     entry(1, 511, 0x2063);
     entry(2, 510, 0x3063);
     for step in 0..10 {
-        entry(3, 8 + step, (2 << 20) * (step as u64 + 1) | 0x8000_0000_0000_01e1);
+        entry(
+            3,
+            8 + step,
+            (2 << 20) * (step as u64 + 1) | 0x8000_0000_0000_01e1,
+        );
     }
     let mut rest = input;
     while let [page, high, low, length, after @ ..] = rest {

@@ -8,7 +8,9 @@ use secmon_memory::{ReadError, VirtualAddress};
 const BASE: u64 = 0xffff_8000_0000_0000;
 
 fuzz_target!(|data: &[u8]| {
-    let Some((numbers, buffer)) = data.split_first_chunk::<16>() else { return };
+    let Some((numbers, buffer)) = data.split_first_chunk::<16>() else {
+        return;
+    };
     let number = |at: usize| u64::from(u16::from_le_bytes([numbers[at], numbers[at + 1]]));
     let indices = log_buffer::Indices {
         first: number(0),

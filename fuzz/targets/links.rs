@@ -25,7 +25,11 @@ fn space(data: &[u8]) -> Option<AddressSpace> {
     let mut page = Vec::with_capacity(data.len());
     for word in data.as_chunks::<8>().0 {
         let word = u64::from_le_bytes(*word);
-        let word = if word & 1 == 0 { BASE | (word >> 1 & 0x7f8) } else { word };
+        let word = if word & 1 == 0 {
+            BASE | (word >> 1 & 0x7f8)
+        } else {
+            word
+        };
         page.extend_from_slice(&word.to_le_bytes());
     }
     let memory = HeapMemory::new(vec![
@@ -35,7 +39,11 @@ fn space(data: &[u8]) -> Option<AddressSpace> {
         (PhysicalAddress::new(0x20_0000), page),
     ]);
     let root = PhysicalAddress::new(0x1000);
-    Some(AddressSpace::new(Arc::new(memory.ok()?), root, PagingMode::FourLevel))
+    Some(AddressSpace::new(
+        Arc::new(memory.ok()?),
+        root,
+        PagingMode::FourLevel,
+    ))
 }
 
 fuzz_target!(|data: &[u8]| {

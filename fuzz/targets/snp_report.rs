@@ -10,12 +10,17 @@ fuzz_target!(|data: &[u8]| {
     let _ = Certificates::read([data]);
     let certificates = Certificates::read([VCEK]).expect("certificates");
     // No measurement is allowed, so that nothing can be trusted.
-    let expected = Expectation { now: 1_717_200_000, ..Expectation::default() };
+    let expected = Expectation {
+        now: 1_717_200_000,
+        ..Expectation::default()
+    };
     let mut report = data.to_vec();
     report.resize(0x4a0, 0);
     for bytes in [data, &report] {
         let verdict = verify(bytes, &certificates, &expected);
         assert_eq!(verdict.is_ok(), Report::parse(bytes).is_ok());
-        assert!(verdict.is_ok_and(|verdict| !verdict.is_trusted()) || Report::parse(bytes).is_err());
+        assert!(
+            verdict.is_ok_and(|verdict| !verdict.is_trusted()) || Report::parse(bytes).is_err()
+        );
     }
 });

@@ -14,7 +14,10 @@ static COLLATERAL: LazyLock<Collateral> = LazyLock::new(|| {
 fuzz_target!(|data: &[u8]| {
     let _ = collateral(data);
     // No measurement is allowed, so that nothing can be trusted.
-    let expected = Expectation { now: 1_750_809_600, ..Expectation::default() };
+    let expected = Expectation {
+        now: 1_750_809_600,
+        ..Expectation::default()
+    };
     if let Ok(verdict) = verify(data, &COLLATERAL, &expected) {
         assert!(!verdict.is_trusted());
     }

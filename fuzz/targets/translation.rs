@@ -9,9 +9,17 @@ use libfuzzer_sys::fuzz_target;
 use secmon_memory::{AddressSpace, HeapMemory, PagingMode, PhysicalAddress, VirtualAddress};
 
 fuzz_target!(|data: &[u8]| {
-    let Some((mode, rest)) = data.split_first() else { return };
-    let Some((address, tables)) = rest.split_first_chunk::<8>() else { return };
-    let mode = if mode & 1 == 0 { PagingMode::FourLevel } else { PagingMode::FiveLevel };
+    let Some((mode, rest)) = data.split_first() else {
+        return;
+    };
+    let Some((address, tables)) = rest.split_first_chunk::<8>() else {
+        return;
+    };
+    let mode = if mode & 1 == 0 {
+        PagingMode::FourLevel
+    } else {
+        PagingMode::FiveLevel
+    };
     let address = VirtualAddress::new(u64::from_le_bytes(*address));
     let Ok(memory) = HeapMemory::new(vec![(PhysicalAddress::new(0), tables.to_vec())]) else {
         return;

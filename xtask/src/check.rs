@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::run::{cargo, run, step, target_folder};
+use crate::run::{cargo, root, run, step, target_folder};
 use crate::{docs, fuzz, prerequisites, tests};
 
 /// Seconds for each fuzz target inside the tests.
@@ -21,7 +21,11 @@ const QUICK: [&str; 4] = ["--warm-up-time", "1", "--measurement-time", "2"];
 pub fn run_all() -> Result<()> {
     step("what the tests need", prerequisites::for_tests)?;
     step("formatting", || {
-        run(cargo().args(["fmt", "--all", "--check"]))
+        run(cargo().args(["fmt", "--all", "--check"]))?;
+        // A workspace of its own.
+        run(cargo()
+            .args(["fmt", "--check", "--manifest-path"])
+            .arg(root().join("fuzz/Cargo.toml")))
     })?;
     step("lints", || {
         run(cargo().args([
