@@ -10,6 +10,7 @@
 //! socket at a time, and because a connection that stays open for a moment
 //! keeps others from coming between.
 
+use std::hash::RandomState;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
@@ -143,6 +144,14 @@ pub fn run(socket: impl AsFd) -> ExitCode {
     // keeper ends with it.
     crate::signals::block_usual();
     let _ = rustix::process::setsid();
+    // Half a keeper keeps its gate's connections open, and does nothing.
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("secmon gate: the keeper: this is a bug in secmon: {panic}");
+        std::process::abort();
+    }));
+    // A JSON object may be a hash map, whose first one on a thread takes random
+    // numbers, and those can't be had any more when they are needed.
+    let _ = RandomState::new();
     if let Err(error) = sandbox::confine_keeper() {
         eprintln!("secmon gate: the keeper: {error}");
         return ExitCode::from(2);
