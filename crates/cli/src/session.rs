@@ -248,6 +248,7 @@ impl<'a> Session<'a> {
             isf: self.common.isf.clone(),
             root_hints: source.target.hints.page_table_roots.clone(),
             search: self.search(),
+            left_behind: Vec::new(),
         };
         let mut kernel = secmon_profile::find(source.memory(), &options)?;
         kernel.space = remembering(kernel.space.clone(), &kernel);

@@ -40,6 +40,10 @@ pub struct FindOptions {
     pub root_hints: Vec<PhysicalAddress>,
     /// How far to look for what contradicts the kernel that was found.
     pub search: Search,
+    /// Images whose kernels run no more: a machine's reset leaves them in
+    /// memory, with more page-table roots than a young kernel has. One of them
+    /// is chosen only where there is no other, or a vCPU uses it.
+    pub left_behind: Vec<KernelImage>,
 }
 
 /// Where profiles are kept from one run to the next.
@@ -116,7 +120,9 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
     if let [candidate] = &search.candidates[..] {
         attempts.attempt(candidate);
     }
-    let agrees = |(_, kernel): &(_, Kernel)| kernel.evidence.root == RootFrom::Symbol;
+    let agrees = |(_, kernel): &(_, Kernel)| {
+        kernel.evidence.root == RootFrom::Symbol && !options.is_left_behind(&kernel.image)
+    };
     if !attempts.kernels.iter().any(agrees) || options.search == Search::Thorough {
         // None, or more than one: how many roots lead to each decides.
         search = merged(search, tables::all_candidates(&**memory));
@@ -127,7 +133,7 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
     }
     let Attempts { kernels, error, .. } = attempts;
     let images: Vec<KernelImage> = kernels.iter().map(|(_, kernel)| kernel.image).collect();
-    let Some((chosen, mut kernel)) = choose(kernels, &search.candidates) else {
+    let Some((chosen, mut kernel)) = choose(kernels, &search.candidates, options) else {
         return Err(match (error, search.candidates.first()) {
             (Some(error), _) => error.into(),
             (None, None) => FindError::NoPageTables {
@@ -140,11 +146,17 @@ pub fn find(memory: &Arc<dyn PhysicalMemory>, options: &FindOptions) -> Result<K
             },
         });
     };
-    report_others(&mut kernel.conflicts, &chosen, &search, &images);
+    report_others(&mut kernel.conflicts, &chosen, &search, &images, options);
     if options.search == Search::Thorough {
         rivals::search_all(memory, &mut kernel);
     }
     Ok(kernel)
+}
+
+impl FindOptions {
+    fn is_left_behind(&self, image: &KernelImage) -> bool {
+        self.left_behind.iter().any(|left| same_image(left, image))
+    }
 }
 
 /// Whether two sets of tables map one kernel. They do if one is of the user
@@ -165,12 +177,14 @@ fn weight(image: &KernelImage, candidates: &[Candidate]) -> (bool, usize) {
     })
 }
 
-/// The kernel to believe in: the image that a vCPU uses, else the one that
-/// most roots lead to; of several sets of tables that map it the one that
+/// The kernel to believe in: the image that a vCPU uses, else one that is not
+/// [left behind](FindOptions::left_behind), else the one that most roots lead
+/// to; of several sets of tables that map it the one that
 /// the kernel's own root belongs to.
 fn choose(
     kernels: Vec<(PhysicalAddress, Kernel)>,
     candidates: &[Candidate],
+    options: &FindOptions,
 ) -> Option<(Candidate, Kernel)> {
     kernels
         .into_iter()
@@ -179,8 +193,11 @@ fn choose(
             Some((candidate.clone(), kernel))
         })
         .min_by_key(|(candidate, kernel)| {
+            let (hinted, votes) = weight(&candidate.image, candidates);
             std::cmp::Reverse((
-                weight(&candidate.image, candidates),
+                hinted,
+                !options.is_left_behind(&candidate.image),
+                votes,
                 kernel.evidence.root == RootFrom::Symbol,
                 candidate.votes,
             ))
@@ -214,6 +231,7 @@ fn report_others(
     chosen: &Candidate,
     search: &tables::Search,
     complete: &[KernelImage],
+    options: &FindOptions,
 ) {
     let is_complete = |image: &KernelImage| complete.iter().any(|other| same_image(other, image));
     let describe = |image: &KernelImage| {
@@ -235,6 +253,7 @@ fn report_others(
         seen.push(candidate.image);
         let why = match chosen.from {
             TablesFrom::Hint(root) => format!("a vCPU uses the root at {root}"),
+            _ if options.is_left_behind(&candidate.image) => "the other runs no more".to_owned(),
             _ if is_complete(&candidate.image) => "more roots lead there".to_owned(),
             _ => "no symbol table that fits is in the other".to_owned(),
         };

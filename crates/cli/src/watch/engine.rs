@@ -176,6 +176,7 @@ pub fn run(common: &Common, arguments: &WatchArguments, reporter: Reporter) -> R
         isf: common.isf.clone(),
         root_hints: Vec::new(),
         search: session.search(),
+        left_behind: Vec::new(),
     };
     let follower = Follower::new(source.memory().clone(), options);
     let view = View {

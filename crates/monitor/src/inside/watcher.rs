@@ -6,13 +6,14 @@
 //! stay readable for long. What tells that they are dead is that their clock
 //! stands still, so that then the kernel is looked for anew.
 
+use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError, Weak};
 use std::time::{Duration, Instant};
 
 use secmon_guest::{Guest, member_of};
 use secmon_memory::{PhysicalAddress, PhysicalMemory, VirtualAddress};
-use secmon_profile::{Cache, FindError, FindOptions, Kernel, Profile};
+use secmon_profile::{Cache, FindError, FindOptions, Kernel, KernelImage, Profile};
 use serde::{Deserialize, Serialize};
 
 use super::TRUST_LEVEL;
@@ -32,6 +33,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const LOW: u64 = 1 << 20;
 /// And then one page of each so many bytes.
 const STRIDE: u64 = 4 << 20;
+/// How many earlier kernels of a target are remembered.
+const MAX_DEAD: usize = 8;
 /// The most pages of those.
 const MAX_SAMPLES: usize = 4096;
 
@@ -162,11 +165,21 @@ pub(super) struct Watcher {
     /// What the worker before this one followed. If that is still there,
     /// nothing has happened to the target.
     before: Option<Boot>,
+    /// Kernels that run no more, the latest last.
+    dead: VecDeque<Dead>,
     /// How long to wait before the next search.
     pause: Duration,
     searched: Option<Instant>,
     /// How a kernel is looked for.
     options: FindOptions,
+}
+
+/// A kernel that a reset ended, and whose remains may be found in memory.
+struct Dead {
+    instance: u64,
+    image: KernelImage,
+    /// Where its clock stood.
+    clock: Option<u64>,
 }
 
 /// The kernel that is followed.
@@ -193,6 +206,7 @@ impl Watcher {
             target,
             known: None,
             left: None,
+            dead: VecDeque::new(),
             pause: Duration::ZERO,
             searched: None,
             options: FindOptions {
@@ -262,9 +276,9 @@ impl Watcher {
             known.searched = now;
             if let Ok(kernel) = find(memory, &self.options, &self.target.pulse)
                 && instance(&kernel).is_some_and(|other| other != known.instance)
-                && !is_starting(&kernel)
+                && self.not_up(&kernel).is_none()
             {
-                self.left = Some(known.instance);
+                self.leave(&known);
                 return self.adopt(kernel);
             }
         }
@@ -287,23 +301,27 @@ impl Watcher {
 
     /// The kernel that was there is not any more.
     fn replace(&mut self, memory: &Arc<dyn PhysicalMemory>, old: &Known) -> Vec<Told> {
-        self.left = Some(old.instance);
-        let (state, text) = match find(memory, &self.options, &self.target.pulse) {
-            Ok(kernel) if instance(&kernel) == Some(old.instance) => {
-                // The first look met a moment of change.
-                self.left = None;
-                self.adopt_same(kernel, old.instance);
-                return Vec::new();
-            }
-            Ok(kernel) if !is_starting(&kernel) => return self.adopt(kernel),
-            Ok(_) => {
-                let reason = STARTING.to_owned();
+        let found = find(memory, &self.options, &self.target.pulse);
+        if let Ok(kernel) = &found
+            && instance(kernel) == Some(old.instance)
+        {
+            // The first look met a moment of change.
+            self.adopt_same(kernel.clone(), old.instance);
+            return Vec::new();
+        }
+        self.leave(old);
+        let (state, text) = match found {
+            Ok(kernel) => {
+                let Some(reason) = self.not_up(&kernel) else {
+                    return self.adopt(kernel);
+                };
                 let text = format!("its kernel is gone: there is {reason}");
+                let reason = reason.to_owned();
                 (TargetState::NoKernel { reason }, text)
             }
             Err(error) => match without_kernel(&**memory, &error) {
                 TargetState::Empty => {
-                    self.left = None;
+                    self.forget();
                     let text = "its memory is empty: it was switched off".to_owned();
                     (TargetState::Empty, text)
                 }
@@ -327,18 +345,21 @@ impl Watcher {
         if is_empty(&**memory) {
             self.target.set(TargetState::Empty, None);
             self.pause = Duration::ZERO;
-            (self.left, self.before) = (None, None);
+            self.before = None;
+            self.forget();
             return Vec::new();
         }
         let found = find(memory, &self.options, &self.target.pulse);
         self.searched = Some(Instant::now());
         let reason = match found {
-            Ok(kernel) if is_starting(&kernel) => {
+            Ok(kernel) => {
+                let Some(reason) = self.not_up(&kernel) else {
+                    return self.adopt(kernel);
+                };
                 // That takes it a moment.
                 self.pause = Duration::ZERO;
-                STARTING.to_owned()
+                reason.to_owned()
             }
-            Ok(kernel) => return self.adopt(kernel),
             Err(error) => {
                 let longer = self.pause.max(Duration::from_millis(250)).saturating_mul(2);
                 self.pause = longer.min(LONGEST_PAUSE);
@@ -349,9 +370,55 @@ impl Watcher {
         Vec::new()
     }
 
+    /// A kernel of this target runs no more.
+    fn leave(&mut self, known: &Known) {
+        self.left = Some(known.instance);
+        if self.dead.len() == MAX_DEAD {
+            self.dead.pop_front();
+        }
+        self.dead.push_back(Dead {
+            instance: known.instance,
+            image: known.kernel.image,
+            // It may have moved since the last look.
+            clock: clock(&known.kernel).or(known.clock),
+        });
+        self.options.left_behind = self.dead.iter().map(|dead| dead.image).collect();
+    }
+
+    /// Memory was cleared: nothing is left of any kernel.
+    fn forget(&mut self) {
+        self.left = None;
+        self.dead.clear();
+        self.options.left_behind.clear();
+    }
+
+    /// Why a kernel that was found is not taken for the one that runs.
+    fn not_up(&self, kernel: &Kernel) -> Option<&'static str> {
+        if is_starting(kernel) {
+            return Some("a kernel that is just starting");
+        }
+        let instance = instance(kernel);
+        // The latest may come back: its memory was changed for a while.
+        let mut dead = self
+            .dead
+            .iter()
+            .filter(|dead| Some(dead.instance) != self.left);
+        // If its clock has moved, its machine's state was loaded again.
+        dead.any(|dead| Some(dead.instance) == instance && dead.clock == clock(kernel))
+            .then_some("what an earlier boot left behind")
+    }
+
     fn adopt_same(&mut self, kernel: Kernel, instance: u64) {
         let now = Instant::now();
         let kernel = Arc::new(kernel);
+        // It may stand where an earlier one stood.
+        self.dead.retain(|dead| {
+            let (old, new) = (&dead.image, &kernel.image);
+            let same =
+                (old.virtual_base, old.physical_base) == (new.virtual_base, new.physical_base);
+            !same && dead.instance != instance
+        });
+        self.options.left_behind = self.dead.iter().map(|dead| dead.image).collect();
         let known = Known {
             clock: clock(&kernel),
             kernel,
@@ -421,9 +488,6 @@ fn came(left: Option<u64>, instance: u64, banner: &str) -> (FindingKind, String)
         ),
     }
 }
-
-/// What is said of a kernel that [`is_starting`].
-const STARTING: &str = "a kernel that is just starting";
 
 /// Whether the kernel has not come to its scheduler yet: what
 /// [tells boots apart](instance) is still to be made.
