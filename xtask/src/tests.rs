@@ -19,8 +19,9 @@ use crate::run::{cargo, run, target_folder};
 /// Programs that run at once: each has a guest or two, and threads of its own.
 const AT_ONCE: usize = 2;
 
-/// Programs that hold something to a time, and so run when no other does.
-const ALONE: [&str; 4] = ["bit_flips", "gate", "kills", "monitor"];
+/// Programs that hold something to a time, or start several machines at once,
+/// and so run when no other does.
+const ALONE: [&str; 5] = ["bit_flips", "gate", "kills", "monitor", "unprivileged"];
 
 /// How long one program may take: several times what the longest does on two
 /// processors.

@@ -116,6 +116,8 @@ fn start(account: &Account, name: &str, memory: &str) -> Target {
             "-no-user-config",
             "-display",
             "none",
+            // A guest that panics is not to start over and over.
+            "-no-reboot",
         ])
         .args(["-accel", "tcg", "-cpu", "max,cx16=off", "-m", "256M"])
         .args(["-machine", "q35,memory-backend=ram", "-object", memory])

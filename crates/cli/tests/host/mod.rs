@@ -19,7 +19,7 @@ use secmon_lab::{Acceleration, Emulator, Guest};
 use serde_json::Value;
 
 /// How long anything may take on a machine that has much else to do.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A host for monitors: a run directory, and what their VMs boot.
 pub struct Host {
